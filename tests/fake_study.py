@@ -75,8 +75,8 @@ def metrics(steps, start, end, kl, lam, rng):
         if lam is not None:
             c = float(np.clip(rng.normal(.02, .06), -1, 1))
             row |= {"L_ret": max(0., kl*(1-exp(-8*p))*1.1+.01*rng.normal()), "epsilon": kl, "lambda": lam*(1+.4*sin(6*p))*(1-exp(-9*p))+.05,
-                    "cos": c, "dot": c*.3, "conflict": c < -.1, "craft_step": True}
-            row |= dict(lambda_before=row["lambda"], lambda_after=row["lambda"], lambda_eff=row["lambda"]+max(0, -c), violation=row["L_ret"] > kl)
+                    "cos": c, "dot": c*.3, "conflict": c < -.1, "mode": "token_kl"}
+            row |= dict(lambda_before=row["lambda"], lambda_eff=row["lambda"]+max(0, -c), violation=row["L_ret"] > kl, norm_task=1., norm_retain=.3)
         yield row
 
 
@@ -136,7 +136,9 @@ def write_method(run, name, rows, rng, easy, n, steps):
     (run/"checkpoints/000300/pretrained_model/model.safetensors").write_bytes(b"\0"*4_200)
     (run/"checkpoints/last").symlink_to("000300")
     if name.startswith("wise"): return
-    craft = dict(enabled=True, anchor_cache_dir=str(run.parent/"anchors_token"), retention_mode=name.removeprefix("craft_")) if lam else {}
+    mode = {"craft_kl": "token_kl", "craft_token": "token_ce", "craft_hidden": "hidden"}.get(name)
+    craft = dict(enabled=bool(lam))
+    if lam: craft |= dict(anchor_cache_dir=str(run.parent/"anchors_token"), retention_mode=mode, initial_lambda=1., lambda_max=10.)
     dump(run/"params.json", dict(steps=steps, seed=0, craft=craft))
     (run/"metrics.jsonl").write_text("".join(json.dumps(r)+"\n" for r in metrics(steps, 6. if name != "sft" else 5.2, new_loss, kl, lam, rng)))
 
@@ -156,8 +158,9 @@ def make_study(root,                   # folder to fill
     rows = {s: write_questions(q, s, n, np.random.default_rng(i)) for i, (s, n) in enumerate(dict(train=12, dev=12, report=questions).items())}
     easy = np.random.default_rng(7).random(questions)
     for name in done: write_method(study/name, name, rows["report"], rng, easy, episodes, steps)
+    anchor_samples = [dict(kind="frame", index=i) for i in range(12)]+[dict(kind="question", id=r["id"]) for r in rows["train"] if r["category"] not in ABSENT]
     for a in ("anchors_token", "anchors_hidden", "anchors_heldout"):
-        dump(study/a/"manifest.json", dict(schema_version=2, mode="token", counts=dict(action=600, question=600)))
+        dump(study/a/"manifest.json", dict(schema_version=2, mode="token", samples=anchor_samples))
     if dataset and not (data/"metaworld_demo").exists(): write_dataset(data/"metaworld_demo", np.random.default_rng(3))
     if clips and len(done) == len(METHODS):
         for m in ("theta0", "sft", "craft"): clip(study/"clips"/f"{m}.mp4", np.random.default_rng(5))

@@ -16,7 +16,7 @@ COMMANDS = {  # command -> (function main(argv) -> exit status, help line)
     "doctor": ("apps.doctor:doctor", "check this machine and say what to do about each problem"),
     "data pull": ("apps.pull:main", "get or make the data set of a manifest; a second pull verifies"),
     "data verify": ("datasets.verify:main", "check a data set's files, counts, features and statistics"),
-    "tokenizer fit": ("processors.text:main", "fit the word tokenizer and the action codec of a data set"),
+    "tokenizer fit": ("apps.tokenizer:main", "fit the word tokenizer and the action codec of a data set"),
     "anchors build": ("apps.anchors:build", "store what the starting policy says or feels on anchor samples"),
     "anchors verify": ("apps.anchors:verify", "check an anchor cache against its manifest"),
     "mcq build": ("evaluation.questions:main", "make multiple-choice questions from the simulator"),

@@ -232,6 +232,7 @@ def facts(
             "MUJOCO_GL": os.environ.get("MUJOCO_GL", "not set"), **versions,
             "settings": ", ".join(f"{k}={v}".replace(home, "~") for k, v in shown.items())}
 
+# %% ../../nbs/apps/900_doctor.ipynb #1ededeff
 def info(
     argv: list[str],  # words after `vla-nb info`: none
 ) -> int:             # 0

@@ -40,7 +40,7 @@ def colour_of(
 LAYOUT = """
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:0 20px 64px}header{padding:40px 0 8px}
+main{max-width:1220px;margin:0 auto;padding:0 20px 64px}header{padding:40px 0 8px}
 h1{font:600 2rem/1.2 ui-serif,Georgia,"Times New Roman",serif;margin:.1em 0 .35em;text-wrap:balance}
 h2{font:600 1.4rem/1.25 ui-serif,Georgia,"Times New Roman",serif;margin:0 0 .5em}h3{font-size:1rem;margin:1.2em 0 .4em}
 p,ul{max-width:72ch;margin:.5em 0}section{margin-top:44px;padding-top:22px;border-top:1px solid var(--line)}
@@ -49,22 +49,22 @@ p,ul{max-width:72ch;margin:.5em 0}section{margin-top:44px;padding-top:22px;borde
 .grid{display:grid;gap:20px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--min,320px)),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;min-width:0}
 .card h3:first-child{margin-top:0}figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.86rem;margin-top:6px;max-width:66ch}
-svg{display:block;width:100%;height:auto;max-width:var(--w,560px);font:12px system-ui,sans-serif;color:var(--ink)}
+svg{display:block;width:100%;height:auto;max-width:var(--w,470px);margin:0 auto;font:12px system-ui,sans-serif;color:var(--ink)}
 .chip{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em;vertical-align:.0em;background:var(--c)}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;border:1px solid var(--line);border-radius:10px;background:var(--card)}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:8px 12px;text-align:right;vertical-align:top;white-space:nowrap;border-top:1px solid var(--line)}
+table{border-collapse:separate;border-spacing:0;width:100%;font-variant-numeric:tabular-nums;font-size:.87rem}
+th,td{padding:8px 9px;text-align:right;vertical-align:top;white-space:nowrap;border-top:1px solid var(--line)}
 thead th{border-top:0;font-weight:600;vertical-align:bottom;white-space:normal;line-height:1.25}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card);z-index:1}
-td small,th small{display:block;color:var(--soft);font-weight:400}tr.base td{background:var(--tint)}td.text{white-space:normal;text-align:left;min-width:15em}
-.pending{color:var(--soft);font-style:italic}.note{background:var(--tint);border-radius:10px;padding:10px 16px}
+td small,th small{display:block;color:var(--soft);font-weight:400}tr.base td{background:var(--tint)}.say{white-space:normal;text-align:left;min-width:15em;max-width:26em}
+.left th,.left td{text-align:left}.pending{color:var(--soft);font-style:italic}.note{background:var(--tint);border-radius:10px;padding:10px 16px}
 """
 
 # %% ../../nbs/apps/943_report_html.ipynb #25f43a11
 DETAILS = """
 details{margin:12px 0}summary{cursor:pointer;color:var(--accent);padding:6px 0}summary:focus-visible{outline:2px solid var(--accent)}
 code,pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}pre{overflow-x:auto;margin:6px 0;padding:10px 12px}
-pre,code.cmd{background:var(--tint);border-radius:6px}code.cmd{padding:1px 6px;overflow-wrap:anywhere}
+pre,code.cmd{background:var(--tint);border-radius:6px}code.cmd{padding:1px 6px;overflow-wrap:anywhere}td code.cmd{overflow-wrap:normal}
 .made{font-size:.84rem;color:var(--soft);max-width:none;margin-top:10px;overflow-wrap:anywhere}
 .clips{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px;max-width:760px}video{width:100%;border-radius:8px;background:#000;display:block}
 .clips figcaption{font-size:.9rem;color:var(--ink);overflow-wrap:anywhere}.ok{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}
@@ -107,7 +107,7 @@ def percent(
     digits: int = 0,  # decimals
 ) -> str:  # "85 %"
     "A share as a percentage; None is shown as pending."
-    return PENDING if x is None else f"{100*x:.{digits}f} %"
+    return PENDING if x is None else f"{100*x:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def number(
@@ -179,6 +179,7 @@ def made_by(
 ) -> str:  # HTML
     "The line that says how to make these numbers again."
     codes = "<br>".join(f'<code class="cmd">{escape(c)}</code>' for c in dict.fromkeys(commands))
+    if codes.count("<br>") > 1: return fold("Made again by these commands", f'<p class="made">{codes}</p>')
     return f'<p class="made">Made again by: {codes}</p>'
 
 
@@ -186,11 +187,12 @@ def table(
     header,  # HTML of the column titles
     rows,  # lists of HTML cells; the first cell of a row stays in view when scrolling
     classes=(),  # a CSS class per row, optional
+    kind: str = "",  # CSS class of the table: "left" for words
 ) -> str:  # HTML
     "A table that scrolls inside its own frame on a narrow screen."
     head = "".join(f'<th scope="col">{h}</th>' for h in header)
     body = "".join(f'<tr class="{c}">'+"".join(f"<td>{x}</td>" for x in r)+"</tr>" for r, c in zip(rows, classes or [""]*len(rows)))
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/apps/943_report_html.ipynb #eae60dd7
 def page(

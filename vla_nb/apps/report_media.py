@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIPS', 'CLIP_LIMIT', 'clip_uris', 'clips', 'softmax', 'draw', 'split_questions', 'question_picture', 'question_card',
-           'questions', 'first_episodes', 'episode_actions', 'action_chart']
+           'questions', 'first_episodes', 'episode_actions', 'action_chart', 'policy_view', 'task_card',
+           'episode_actions_chunk', 'starting_policy', 'dataset_pictures']
 
 # %% ../../nbs/apps/947_report_media.ipynb #542f6372
 import hashlib
@@ -167,3 +168,77 @@ def action_chart(
         line(chart, [i/fps for i in range(len(actions))], [float(v) for v in actions[:, k]], c)
         chart.items.append(f'<text x="{chart.L+6+62*k}" y="11" style="fill:{c};font-weight:600;font-size:11px">{escape(str(n))}</text>')
     return chart.svg("actions of one episode")
+
+# %% ../../nbs/apps/947_report_media.ipynb #d731997a
+def policy_view(
+    policy,  # loaded policy with a FAST tokenizer step
+    item: dict,  # one dataset item with an action chunk
+) -> dict:  # {"prompt": text, "tokens": number of action tokens, "chunk": [T, A] physical units}
+    "What the policy reads, and its action codec's rendering of the true chunk."
+    from vla_nb.datasets.loader import collate
+    step = next(s for s in policy.preprocessor.steps if hasattr(s, "codec"))
+    batch = policy.preprocessor(collate([item]))
+    ids = batch["observation.language.tokens"][0][batch["observation.language.attention_mask"][0]]
+    codes = step.codec.encode(batch["action"])
+    chunk = policy.preprocessor.inverse()({"action": step.codec.decode(codes)})["action"]
+    return dict(prompt=step.tokenizer.decode(ids.tolist()), tokens=len(codes[0]), chunk=chunk[0].numpy())
+
+
+def task_card(
+    root,  # dataset folder
+    dataset,  # LeRobotDataset of this folder
+    task: str, episode: dict,  # task text and its first episode
+    policy,  # the starting policy, or None
+) -> str:  # HTML
+    "One task: first frames, instruction, actions."
+    from vla_nb.core.plot import png_data_uri
+    meta, start, n = dataset.meta, episode["dataset_from_index"], episode["length"]
+    item = dataset[start]
+    frames = "".join(f'<img src="{png_data_uri(item[k].numpy().transpose(1, 2, 0))}" alt="{escape(k)}" title="{escape(k)}">'
+                     for k in item if k.startswith("observation.images."))
+    actions = episode_actions(root, start, n, meta.fps)
+    ft = meta.features["action"].get("names") or []
+    names = ft if isinstance(ft, list) and len(ft) == actions.shape[1] else [f"a{i}" for i in range(actions.shape[1])]
+    seen = f'<p class="small soft">prompt tokens: {PENDING}</p>'
+    if policy is not None:
+        chunk = {**item, "action": episode_actions_chunk(actions, policy.config.chunk_size)}
+        v = policy_view(policy, chunk)
+        error = abs(v["chunk"]-chunk["action"].numpy()).mean()
+        seen = (f'<p class="small">The policy reads <code class="cmd">{escape(repr(v["prompt"]))}</code> and writes the first {len(v["chunk"])} '
+                f'actions as {v["tokens"]} tokens (mean error of the codec {error:.3f}).</p>')
+    return f'<div class="card"><h3>{escape(task)}</h3><div class="frames">{frames}</div>{seen}{action_chart(actions, meta.fps, names)}</div>'
+
+
+def episode_actions_chunk(
+    actions,  # array [T, A]
+    size: int,  # chunk length
+):  # -> float tensor [size, A], the last action repeated past the end
+    "The first action chunk of an episode."
+    import torch
+    return torch.as_tensor(actions[[min(i, len(actions)-1) for i in range(size)]])
+
+# %% ../../nbs/apps/947_report_media.ipynb #8ba77941
+def starting_policy(
+    facts: Facts,  # study
+):  # -> policy, or None when theta0 is not trained yet
+    "θ0, if it exists."
+    path = facts.study["dir"]/"theta0"/"checkpoints"/"last"/"pretrained_model"
+    if not (path/"config.json").exists(): return None
+    from vla_nb.policies.store import load_policy
+    return load_policy(path)
+
+
+def dataset_pictures(
+    facts: Facts,  # study
+) -> str:  # HTML section
+    "The demonstrations in pictures."
+    root = Path(facts.study["dataset"])
+    if not (root/"meta"/"info.json").exists(): return section("data", "The demonstrations", f"<p>{PENDING}</p>")
+    from vla_nb.datasets.lerobot import LeRobotDataset
+    ds, policy = LeRobotDataset(root), starting_policy(facts)
+    cards = "".join(task_card(root, ds, t, e, policy) for t, e in first_episodes(ds).items())
+    cameras = [k.rsplit(".", 1)[-1] for k in ds.meta.features if k.startswith("observation.images.")]
+    return section("data", "The demonstrations", f'<p>{ds.meta.total_episodes} episodes, {ds.meta.total_frames} frames at {ds.meta.fps:g} per second, '
+                   f'cameras {escape(", ".join(cameras))}, recorded from scripted experts in the simulator. One episode per task: its first frame, '
+                   'what the policy reads, and the recorded actions in physical units.</p>', f'<div class="grid" style="--min:250px">{cards}</div>',
+                   made_by(facts.command("data", "train")))

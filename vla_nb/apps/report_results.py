@@ -26,13 +26,13 @@ class Facts:
     rows: dict  # method -> row of summary.json, values may be None
     mcq: dict  # method -> mcq.json, for the methods that have one
     rollout: dict  # method -> rollout.json, for the methods that have one
+    chance: float = None  # accuracy of guessing, None before the first evaluation
 
     @property
     def summary(self):
         "The complete rows, in the schema of summary.json."
-        chance = next((m["chance"] for m in self.mcq.values()), None)
         return dict(methods=[r for r in self.rows.values() if complete(r)], seed=self.study["seed"],
-                    revision=self.study["revision"], seconds=self.study.get("seconds"), chance=chance)
+                    revision=self.study["revision"], seconds=self.study.get("seconds"), chance=self.chance)
 
     def command(self, name, what): return result_command(self.study["dir"]/name, what, self.study)
 
@@ -44,7 +44,8 @@ def gather(
     study = load_study(study_dir)
     read = lambda what: {m: r for m in study["methods"] if (r := read_result(study["dir"]/m, what, study, partial=True))}
     rows = {m: method_row(study, m, partial=True) for m in study["methods"]}
-    return Facts(study, rows, read("mcq"), read("rollout"))
+    mcq = read("mcq")
+    return Facts(study, rows, mcq, read("rollout"), next((m["chance"] for m in mcq.values()), None))
 
 # %% ../../nbs/apps/946_report_results.ipynb #7ac71d0f
 def share(
@@ -86,8 +87,8 @@ def loss_sentence(
     t0, sft = by["theta0"], by["sft"]
     old = [rate(success_of(r, old_tasks(r))) for r in (t0, sft)]
     new = [rate(success_of(r, [r["new_task"]])) for r in (t0, sft)]
-    return (f"Fine-tuning on the new task alone takes its success from {percent(new[0])} to {percent(new[1])}, and question accuracy "
-            f"from {percent(t0['mcq_accuracy'])} to <b>{percent(sft['mcq_accuracy'])}</b> (guessing: {percent(facts.summary['chance'])}) "
+    return (f"Plain fine-tuning lifts new-task success from {percent(new[0])} to {percent(new[1])}, but question accuracy goes "
+            f"from {percent(t0['mcq_accuracy'])} to <b>{percent(sft['mcq_accuracy'])}</b> (guessing: {percent(facts.chance)}) "
             f"and old-task success from {percent(old[0])} to <b>{percent(old[1])}</b>.")
 
 
@@ -106,7 +107,7 @@ def verdict(
         return f'<p class="verdict"><b>Nothing to prevent.</b> {loss_sentence(facts)} SFT did not forget on every measure, so the question stays open.</p>'
     p = paired_success(facts, "sft", best["name"], [new])
     sft = next(r for r in facts.summary["methods"] if r["name"] == "sft")
-    word = {"yes": "Yes.", "partly": "Partly.", "no": "No."}[v["answer"]]
+    word = {"yes": "CRaFT prevents most of it.", "partly": "CRaFT prevents part of it.", "no": "CRaFT prevents little of it."}[v["answer"]]
     return (f'<p class="verdict"><b>{word}</b> {loss_sentence(facts)} {escape(short(best["name"]))} prevents <b>{percent(v["mcq"])}</b> of the '
             f'loss in question accuracy (paired p {p_value(best["mcq_p_vs_sft"])}) and <b>{percent(v["old"])}</b> of the loss in old-task '
             f'success; on the new task it succeeds in {percent(rate(success_of(best, [new])))} of the episodes, SFT in '
@@ -151,7 +152,7 @@ def tiles(
     old, new = facts.study["old_tasks"], facts.study["new_task"]
     pick = lambda f: [(r["name"], f(r)) for r in rows]
     chance = facts.summary["chance"]
-    n = next((m["total_count"] for m in facts.mcq.values()), None)
+    n = next((r["mcq_n"] for r in facts.rows.values() if r["mcq_n"]), None)
     return '<div class="grid">'+tile("Still understands?", "Share of "+(f"{n} " if n else "")+"questions about new pictures answered correctly"
         +(f"; guessing gives {percent(chance)}." if chance else "."), pick(lambda r: r["mcq_accuracy"]))+tile(
         "Still can?", f"Success on the {len(old)} tasks the policy knew before.", pick(lambda r: rate(success_of(r, old))))+tile(
@@ -184,7 +185,9 @@ def plots(
         named = points(facts, x, y)
         loss = span([p[1] for p in named])[::-1] if x == "loss" else (-.04, 1.04)
         show = (lambda v: f"{v:g}", lambda v: f"{100*v:.0f}") if x == "loss" else lambda v: f"{100*v:.0f}"
-        svg = tradeoff(named, words[x], words[y], f"{words[y]} against {words[x]}", loss, chance=facts.summary["chance"] if y == "mcq" else None, show=show)
+        chance = facts.chance if y == "mcq" else None
+        low = max(-.04, min([chance, *(p[4][0] for p in named)])-.06) if y == "mcq" else -.04
+        svg = tradeoff(named, words[x], words[y], f"{words[y]} against {words[x]}", loss, (low, 1.04), chance, show)
         return f'<figure class="card">{svg}</figure>'
     cap = ("<p class='soft'>Top right is where everybody wants to be: the new task learned, nothing forgotten. Bars are 95 % intervals "
            "(bootstrap over pictures for questions, Wilson for episodes).</p>")
@@ -237,9 +240,9 @@ def results(
     mark = ["base" if r["name"] in ("theta0", "sft") else "" for r in rows]
     each = table(["Method", *map(escape, tasks)], [[chip(r["name"]), *(success_cell(r, [t]) for t in tasks)] for r in rows], mark)
     cmd = lambda n, w: f'<code class="cmd">{escape(facts.command(n, w))}</code>'
-    commands = table(["Method", "training time, memory, storage", "success, accuracy, losses"], [[chip(n), cmd(n, "train"), cmd(n, "mcq")] for n in facts.rows])
+    commands = table(["Method", "training time, memory, storage", "success, accuracy, losses"], [[chip(n), cmd(n, "train"), cmd(n, "mcq")] for n in facts.rows], kind="left")
     note = ('<p class="small soft">Intervals are 95 %. p: exact McNemar test on the same questions. L_ret: KL to θ0’s token distribution on held-out '
-            'anchors, the same measure for every method. Every method has the same steps, batch and learning rate.</p>')
+            'anchors, the same measure for every method. Every fine-tuning method has the same steps, batch and learning rate.</p>')
     return section("results", "Results", table(header, [result_cells(facts, r) for r in rows], mark), note, fold("Success task by task", each),
                    fold("The command behind each row", commands))
 

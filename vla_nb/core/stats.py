@@ -18,18 +18,18 @@ from .types import UserError
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 def compute_stats(
-    array,  # values [N, D...] or [N]; one row per frame
-) -> dict:  # {mean, std, min, max, q01, q10, q50, q90, q99: float64 [D...] (at least 1-D), count: int64 [1]}
+    array,  # values [N, ..., D] or [N]; one entry of the first axis per frame
+) -> dict:  # {mean, std, min, max, q01, q10, q50, q90, q99: float64 [D], count: int64 [1] = N}
     "Exact statistics over the rows of an array."
-    x = np.asarray(array)
-    x = (x[:, None] if x.ndim == 1 else x).astype(np.float64)
-    if len(x) == 0: raise UserError("statistics of an empty array: at least one frame is needed")
+    count, x = len(array), np.asarray(array, np.float64)
+    x = x.reshape(-1, 1 if x.ndim == 1 else x.shape[-1])
+    if count == 0: raise UserError("statistics of an empty array: at least one frame is needed")
     if not np.isfinite(x).all():
         bad = int(np.argwhere(~np.isfinite(x))[0][0])
         raise UserError(f"statistics: row {bad} holds NaN or infinity; remove or repair that frame first")
     mean = x.mean(0)
     res = {"mean": mean, "std": np.sqrt(((x - mean) ** 2).mean(0)), "min": x.min(0), "max": x.max(0),
-           "count": np.array([len(x)])}
+           "count": np.array([count])}
     qs = np.quantile(x, list(QUANTILES.values()), axis=0)
     return res | dict(zip(QUANTILES, qs))
 

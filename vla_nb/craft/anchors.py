@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CACHE_MODE', 'BUILD', 'CacheMissing', 'pack_images', 'quantise', 'unpack_images', 'fingerprint', 'resolve_layer',
-           'teacher_answers', 'teacher_features', 'pad_cat', 'write_shard', 'build_cache', 'AnchorCache', 'check_cache',
-           'permutation', 'anchor_indices', 'retention_terms', 'measure_retention']
+           'teacher_answers', 'teacher_features', 'pad_cat', 'write_shard', 'build_cache', 'AnchorCache',
+           'check_policy', 'check_cache', 'permutation', 'anchor_indices', 'retention_terms', 'measure_retention',
+           'read_lineage_a', 'import_lineage_a']
 
 # %% ../../nbs/craft/530_anchors.ipynb #830d0187
 import bisect
@@ -36,16 +37,18 @@ class CacheMissing(UserError, FileNotFoundError):
 
 def pack_images(
     batch: dict,  # preprocessed; pictures uint8, or float in [0, 1] or [-1, 1]
+    span: list | None = None,  # float range of earlier batches of the same cache
 ) -> tuple[dict, list | None]:  # observation part with uint8 pictures, and the float range they had
     "Keep what the policy reads, pictures as uint8."
-    kept, span = {}, None
-    for key, v in batch.items():
-        if not torch.is_tensor(v) or not (key.startswith("observation.") or key == "is_question"): continue
-        if key.startswith(OBS_IMAGES + ".") and v.is_floating_point():
-            if float(v.min()) < -1.001 or float(v.max()) > 1.001:
-                raise CraftError(f"{key} holds values outside [-1, 1]; anchors need pictures before normalisation")
-            span = [-1.0, 1.0] if span == [-1.0, 1.0] or float(v.min()) < -1e-3 else [0.0, 1.0]
-        kept[key] = v.detach().cpu()
+    kept = {k: v.detach().cpu() for k, v in batch.items()
+            if torch.is_tensor(v) and (k.startswith("observation.") or k == "is_question")}
+    floats = [v for k, v in kept.items() if k.startswith(OBS_IMAGES + ".") and v.is_floating_point()]
+    if floats:
+        low, high = min(float(v.min()) for v in floats), max(float(v.max()) for v in floats)
+        span = span or ([0.0, 1.0] if low > -1e-3 else [-1.0, 1.0])
+        if low < span[0] - 1e-3 or high > span[1] + 1e-3:
+            raise CraftError(f"pictures span [{low:.3f}, {high:.3f}], outside [{span[0]}, {span[1]}] of this cache; "
+                             "anchors need pictures in [0, 1] or [-1, 1], before any other normalisation")
     return {k: quantise(v, span) if k.startswith(OBS_IMAGES + ".") else v for k, v in kept.items()}, span
 
 def quantise(
@@ -98,9 +101,10 @@ def resolve_layer(
 def teacher_answers(
     policy,  # in eval mode
     batch: dict,  # as the policy reads it, on its device
+    given: tuple | None = None,  # (ids, mask) that another tool generated; None = ask the teacher
 ) -> dict[str, torch.Tensor]:  # suffix.* and teacher.*, on CPU
     "The teacher's greedy tokens and its distribution at each of them."
-    ids, mask = policy.teacher_tokens(batch)
+    ids, mask = given or policy.teacher_tokens(batch)
     asked = {**batch, "suffix.tokens": ids, "suffix.attention_mask": mask, "suffix.loss_mask": mask}
     logits, targets, mask = policy.token_logits(asked)
     ce = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
@@ -170,8 +174,9 @@ def build_cache(
     policy.eval()
     try:
         for batch, rows in batches(sum(s["count"] for s in state["shards"])):
-            packed, span = pack_images(batch)
-            parts.append({**packed, **_targets(policy, unpack_images(packed, span), recipe)})
+            packed, span = pack_images(batch, state["image_range"])
+            given = {k: v for k, v in batch.items() if k.startswith("given.")}
+            parts.append({**packed, **_targets(policy, unpack_images(packed, span), recipe, given)})
             state["samples"] += rows
             state["image_range"] = span
             waiting = len(state["samples"]) - sum(s["count"] for s in state["shards"])
@@ -206,11 +211,14 @@ def _partial(work, identity):
         raise CraftError(f"{work} holds an unfinished build with other settings; remove it or choose another --output")
     return state
 
-def _targets(policy, batch, recipe):
-    "The target of one batch."
+def _targets(policy, batch, recipe, given):
+    "The target of one batch; an imported cache brings its own."
     device = next(policy.parameters()).device
     batch = {k: v.to(device) for k, v in batch.items()}
-    if recipe["mode"] == "token": return teacher_answers(policy, batch)
+    if recipe["mode"] == "token":
+        ids = (given["given.tokens"].to(device), given["given.mask"].to(device)) if given else None
+        return teacher_answers(policy, batch, ids)
+    if given: return {"target_features": given["given.features"].half()}
     return teacher_features(policy, batch, recipe["layer"]["index"], recipe["pooling"])
 
 def _flush(work, state, parts):
@@ -335,7 +343,21 @@ def _verify(self) -> dict:
 
 AnchorCache.load, AnchorCache.batch, AnchorCache.verify = _load, _batch, _verify
 
-# %% ../../nbs/craft/530_anchors.ipynb #3db98e06
+# %% ../../nbs/craft/530_anchors.ipynb #c2d53441
+def check_policy(
+    cache: AnchorCache,  # opened cache
+    policy,  # policy that is to read it
+):  # raises CraftError
+    "Refuse a policy that would read the cache's inputs in another way than the teacher."
+    m, mine = cache.manifest, fingerprint(policy)
+    for what in ("policy", "preprocessor", "tokenizer"):
+        if m[what] != mine[what]:
+            raise CraftError(f"the {what} of {cache.path} is not this policy's ({m[what]} / {mine[what]}): its inputs "
+                             f"would be read wrongly; rebuild with this run's starting policy: {cache.command()}")
+    if m["mode"] == "hidden" and m["feature_dim"] != policy.hidden_dim:
+        raise CraftError(f"{cache.path} holds features of width {m['feature_dim']}, this policy's are "
+                         f"{policy.hidden_dim} wide ({policy.num_hidden_states} layers); rebuild: {cache.command()}")
+
 def check_cache(
     cache: AnchorCache,  # opened cache
     policy,  # the policy that is to be trained
@@ -349,18 +371,13 @@ def check_cache(
         raise CraftError(f"retention_mode={config.retention_mode} needs {needs}, but {cache.path} holds {m['mode']} "
                          f"anchors without {lacks}{cache.suggest(mode)}")
     if mode == "hidden":
-        index = resolve_layer(config.hidden_layer, policy.num_hidden_states)
-        pairs = [("hidden_layer", m["layer"]["index"], index), ("pooling", m["pooling"], config.pooling),
-                 ("feature width", m["feature_dim"], policy.hidden_dim)]
+        index = None if config.hidden_layer is None else resolve_layer(config.hidden_layer, policy.num_hidden_states)
+        pairs = [("hidden_layer", m["layer"]["index"], index), ("pooling", m["pooling"], config.pooling)]
         for what, cached, wanted in pairs:
-            if cached != wanted:
+            if wanted is not None and cached != wanted:
                 raise CraftError(f"{what} differs: {cache.path} was built with {cached}, this run wants {wanted}; "
                                  f"change craft.* or rebuild: {cache.command()}")
-    mine = fingerprint(policy)
-    for what in ("policy", "preprocessor", "tokenizer"):
-        if m[what] != mine[what]:
-            raise CraftError(f"the {what} of {cache.path} is not this policy's ({m[what]} / {mine[what]}): its inputs "
-                             f"would be read wrongly; rebuild with this run's starting policy: {cache.command()}")
+    check_policy(cache, policy)
 
 # %% ../../nbs/craft/530_anchors.ipynb #3fec2eea
 @lru_cache(maxsize=4)
@@ -425,3 +442,64 @@ def measure_retention(
                 acc[0], acc[1] = acc[0] + float(terms[0]), acc[1] + int(terms[1])
     finally: policy.train(was)
     return {m: s / max(n, 1) for m, (s, n) in sums.items()}
+
+# %% ../../nbs/craft/530_anchors.ipynb #6cfd8fdb
+def read_lineage_a(
+    source: Path,  # folder with shard_*.pt and metadata.json
+) -> tuple[dict, list[dict]]:  # metadata, shards as dictionaries of tensors
+    "Read the public anchor schema without running pickled code."
+    if not source.is_dir(): raise CacheMissing(f"AnchorCache directory not found: {source}")
+    meta, files = read_json(source / "metadata.json"), sorted(source.glob("shard_*.pt"))
+    if not files: raise CacheMissing(f"no shard_*.pt in {source}")
+    shards = []
+    for file in files:
+        try: shards.append(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as e: raise CraftError(f"{file} is not a plain tensor file or is damaged ({type(e).__name__})") from e
+        if not isinstance(shards[-1], dict) or "input_ids" not in shards[-1] or "pixel_values" not in shards[-1]:
+            raise CraftError(f"{file} is not a stacked anchor shard: pixel_values and input_ids are missing")
+        if not {"labels", "target_features"} & shards[-1].keys():
+            raise CraftError(f"{file} holds neither labels nor target_features (multi-vector teacher_hidden caches are "
+                             "not supported); rebuild the anchors")
+    count, found = meta.get("num_anchors", meta.get("num_samples")), sum(len(s["input_ids"]) for s in shards)
+    if count != found: raise CraftError(f"{source}: metadata counts {count} anchors, the shards hold {found}")
+    return meta, shards
+
+def _ragged(rows):
+    "Right-padded ids and their mask."
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, r in enumerate(rows): ids[i, :len(r)], mask[i, :len(r)] = r, True
+    return ids, mask
+
+# %% ../../nbs/craft/530_anchors.ipynb #9090c374
+def import_lineage_a(
+    source: str | Path,  # folder with shard_*.pt and metadata.json
+    out: str | Path,  # folder to make
+    policy,  # the teacher; it must read exactly one camera
+) -> AnchorCache:  # the same anchors in our format
+    "Convert a cache of the public schema; state is absent there, so samples are marked as questions (no state)."
+    source = Path(source)
+    meta, shards = read_lineage_a(source)
+    mode = "token" if "labels" in shards[0] else "hidden"
+    if len(policy.cameras) != 1: raise CraftError(f"{source} holds one camera, {policy.name} reads {policy.cameras}")
+    def batches(start):
+        for s in shards[sum(start >= n for n in _running(shards)):]:
+            n, seen = len(s["input_ids"]), s["attention_mask"].bool()
+            made = s["labels"] != -100 if mode == "token" else torch.zeros_like(seen)
+            ids, mask = _ragged([row[m & ~g] for row, m, g in zip(s["input_ids"], seen, made)])
+            batch = {policy.cameras[0]: (s["pixel_values"].float() + 1) / 2, "observation.language.tokens": ids,
+                     "observation.language.attention_mask": mask, "is_question": torch.ones(n, dtype=torch.bool)}
+            for key, feature in policy.config.input_features.items():
+                if feature.type == "STATE": batch[key] = torch.zeros(n, *feature.shape)
+            if mode == "hidden": batch["given.features"] = s["target_features"]
+            else: batch["given.tokens"], batch["given.mask"] = _ragged([r[g] for r, g in zip(s["input_ids"], made)])
+            yield batch, [{"kind": "imported"}] * n
+    info = {"teacher": {"id": meta.get("teacher_policy_path", meta.get("policy"))}, "prompt_source": "imported",
+            "dataset": {"id": meta.get("dataset_repo_id", meta.get("dataset"))}, "imported": {"metadata": meta}}
+    layer, pooling = meta.get("hidden_layer", -2), meta.get("pooling", "mean_image_tokens")
+    return build_cache(out, batches, policy, mode, layer, pooling, shard_size=1, info=info)
+
+def _running(shards):
+    "Samples up to the end of each shard."
+    total = 0
+    return [total := total + len(s["input_ids"]) for s in shards]

@@ -19,7 +19,7 @@ from ..core.types import UserError
 MODES = ("token_ce", "token_kl", "hidden")
 POOLINGS = ("mean_image_tokens", "mean_masked", "last_token", "cls_token", "every_token")
 SCHEDULES = ("linear", "cosine", "exponential", "constant")
-CHOICES = dict(retention_mode=MODES, pooling=POOLINGS, epsilon_schedule=SCHEDULES, epsilon=("schedule", "auto"),
+CHOICES = dict(retention_mode=MODES, pooling=(None, *POOLINGS), epsilon_schedule=SCHEDULES, epsilon=("schedule", "auto"),
                projection=("task", "none"), projection_space=("grad", "precond", "update"),
                projection_mode=("weighted", "equal", "task_priority"), loss=("mse", "cosine"),
                loss_scale=("relative", "raw"))
@@ -57,8 +57,8 @@ class CraftConfig:
     projection_space: str = "grad"  # grad | precond (Adam's metric) | update (correct the final displacement)
     projection_mode: str = "weighted"  # merge: weighted | equal | task_priority
     conflict_threshold: float = -0.1  # a conflict is cos(g_t, g_r) below this
-    hidden_layer: int = -2  # index into embeddings + block outputs, negative from the end
-    pooling: str = "mean_image_tokens"  # how a sequence becomes the compared vector
+    hidden_layer: int | None = None  # hidden: must be the cache's (−2 = last block but one); none = take the cache's
+    pooling: str | None = None  # hidden: must be the cache's; none = take the cache's
     loss: str = "mse"  # hidden: mse | cosine
     loss_scale: str = "relative"  # hidden mse: relative to the teacher's variance | raw
     hinge: bool = False  # True: no retention gradient while L_ret ≤ ε
@@ -79,7 +79,7 @@ def check_config(
     "Refuse settings that cannot mean anything."
     for name, allowed in CHOICES.items():
         value = getattr(cfg, name)
-        if value not in allowed: raise CraftError(f"craft.{name} is {value!r}; choose one of {', '.join(allowed)}")
+        if value not in allowed: raise CraftError(f"craft.{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
     rules = [(cfg.retention_freq > 0, "retention_freq", "at least 1"),
              (cfg.anchor_batch_size > 0, "anchor_batch_size", "at least 1"),
              (cfg.initial_lambda >= 0, "initial_lambda", "0 or more"),

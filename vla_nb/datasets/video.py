@@ -37,6 +37,7 @@ class VideoWriter:
         if shape[0] % 2 or shape[1] % 2:
             raise UserError(f"video pictures need even sides, got {shape[0]}x{shape[1]}; crop them or use dtype 'image'")
         encoder, quality, options = CODECS[vcodec]
+        if vcodec == "av1": os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its banner otherwise
         options = options | {"g": str(g), "crf": str(quality if crf is None else crf)}
         self.path, self.shape, self.count = Path(path), (*shape[:2], 3), 0
         self._time_base, self._reformat = Fraction(1, fps), VideoReformatter()
@@ -57,8 +58,10 @@ class VideoWriter:
 
     def close(self):
         "Flush the encoder and complete the file."
-        self._file.mux(self._stream.encode(None))
-        self._file.close()
+        try:
+            self._file.mux(self._stream.encode(None))
+            self._file.close()
+        except av.error.FFmpegError as e: raise UserError(f"cannot complete {self.path}: {e}") from e
 
 # %% ../../nbs/datasets/100_video.ipynb #fb9f4f08
 def encode_video(
@@ -195,6 +198,7 @@ def join_videos(
                 stream = stream or out.add_stream_from_template(file.streams.video[0])
                 for packet in file.demux(file.streams.video[0]):
                     if packet.dts is None: continue
+                    if packet.pts != packet.dts: raise UserError(f"{part} stores reordered (B) frames; re-encode it first")
                     packet.time_base = Fraction(1, fps)
                     packet.pts, packet.dts, packet.duration, packet.stream = count, count, 1, stream
                     out.mux(packet)

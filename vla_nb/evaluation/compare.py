@@ -34,7 +34,7 @@ def result_command(
     return {"mcq": f"vla-nb eval mcq --checkpoint_path={run} --data_jsonl=<questions>.jsonl --output_json={out}",
             "rollout": f"vla-nb eval rollout --checkpoint_path={run} --tasks=<tasks> --output_json={out}",
             "offline": f"vla-nb eval offline --checkpoint_path={run} --dataset=<dataset> --output_json={out}",
-            "retention": f"vla-nb anchors losses --policy.path={run} --cache=<anchors> --output={out}",
+            "retention": f"vla-nb eval retention --checkpoint_path={run} --anchors=<anchors> --output_json={out}",
             "train": f"vla-nb train --output_dir={run}"}[what]
 
 

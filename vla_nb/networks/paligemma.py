@@ -194,8 +194,8 @@ def prefix(self: PaliGemma,
 ) -> Prefix:                          # embedded, in the order pictures, extra, words
     "Embed a prefix; picture tokens are not scaled, words are."
     seen = self.multi_modal_projector(self.vision_tower(images))
-    parts = [seen, *([] if extra is None else [extra]), self.language_model.embed(ids).to(seen.dtype)]
-    x = torch.cat([p.to(seen.dtype) for p in parts], 1)
+    words = self.language_model.embed(ids)
+    x = torch.cat([p.to(words.dtype) for p in (seen, *([] if extra is None else [extra]), words)], 1)
     before = x.shape[1] - ids.shape[1]
     ok = torch.cat([valid.new_ones(len(ids), before), valid], 1)
     image = torch.zeros_like(ok); image[:, :seen.shape[1]] = True
@@ -224,7 +224,7 @@ def suffix_hidden(self: PaliGemma,
 ) -> torch.Tensor:            # [B, S, width]: position s predicts ids[:, s]
     "Final hidden states that predict the suffix, all tokens in one pass (teacher forcing)."
     inputs, ok = ids[:, :-1], torch.cat([prefix.valid, valid[:, :-1]], 1)
-    x = torch.cat([prefix.x, self.language_model.embed(inputs).to(prefix.x.dtype)], 1)
+    x = torch.cat([prefix.x, self.language_model.embed(inputs)], 1)
     n, s = prefix.x.shape[1], inputs.shape[1]
     bits = torch.zeros_like(ok); bits[:, n:] = True
     rows = torch.cat([prefix.last[:, None], torch.arange(n, n + s, device=ids.device).expand(len(ids), -1)], 1)
@@ -252,7 +252,7 @@ def start(self: PaliGemma,
     "Read the prefix and the forced tokens once."
     lm, n = self.language_model, prefix.x.shape[1]
     forced = prefix.valid.new_ones(len(prefix.x), 0 if ids is None else ids.shape[1])
-    x = prefix.x if ids is None else torch.cat([prefix.x, lm.embed(ids).to(prefix.x.dtype)], 1)
+    x = prefix.x if ids is None else torch.cat([prefix.x, lm.embed(ids)], 1)
     ok = torch.cat([prefix.valid, forced], 1)
     bits = torch.zeros_like(ok); bits[:, n:] = True
     rows = prefix.last[:, None] if ids is None else torch.full_like(prefix.last[:, None], x.shape[1] - 1)
@@ -269,7 +269,7 @@ def step(self: PaliGemma,
     "Read one more token per row."
     n = at.cache.length
     at.valid[:, n] = True
-    x = self.language_model.embed(ids[:, None]).to(at.cache.k.dtype)
+    x = self.language_model.embed(ids[:, None])
     h = self.language_model.run(x, at.position[:, None], attention_bias(at.valid[:, None, :n + 1], x.dtype), cache=at.cache)
     at.position = at.position + 1
     return h[:, 0]
@@ -289,6 +289,6 @@ def choice_hidden(self: PaliGemma,
     place = torch.arange(c * (s - 1), device=ids.device)
     own = (place[:, None] // (s - 1) == place // (s - 1)) & (place[:, None] >= place)
     seen = torch.cat([prefix.valid[:, None].expand(-1, len(place), -1), own & ok[:, None] | torch.eye(len(place), dtype=torch.bool, device=ids.device)], 2)
-    x = self.language_model.embed(inputs).to(prefix.x.dtype)
+    x = self.language_model.embed(inputs)
     h = self.language_model.run(x, at.position[:, None] + place % (s - 1), attention_bias(seen, x.dtype), cache=at.cache)
     return torch.cat([first[:, None, None].expand(-1, c, -1, -1), h.reshape(b, c, s - 1, -1)], 2)

@@ -104,7 +104,7 @@ class TrainRun:
         self.params = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
         self.step, self.total_steps, self.seed = 0, loop.steps, loop.seed
         self.skipped, self.skipped_in_row, self.train_seconds, self.peak_bytes = 0, 0, 0.0, None
-        self.skip_reason, self.stop_signal, self.resumed, self.shown = None, None, None, {}
+        self.skip_reason, self.stop_signal, self.stopping, self.resumed = None, None, False, None
         if loop.eval_freq and evaluate is None: raise UserError("eval_freq is set but there is nothing to evaluate.")
 
     device = property(lambda self: self.accelerator.device)
@@ -113,6 +113,7 @@ class TrainRun:
     main = property(lambda self: self.accelerator.is_main_process)
     scaler = property(lambda self: self.accelerator.scaler)
     grad_scale = property(lambda self: self.scaler.get_scale() if self.scaler else 1.0)
+    precision = property(lambda self: {"no": "fp32"}.get(self.loop.mixed_precision, self.loop.mixed_precision))
 
 # %% ../../nbs/training/620_loop.ipynb #0ae484d4
 @patch
@@ -173,7 +174,7 @@ def backward_all(self: TrainRun,
         for key, value in log.items(): logs[key] = logs.get(key, 0.0) + float(value) / len(batches)
     totals.append(torch.tensor(float(self.stop_signal is not None), dtype=torch.float64))
     loss_sum, count, stopping = self.reduce_sum(torch.stack([t.to(self.device) for t in totals])).tolist()
-    if stopping and self.stop_signal is None: self.stop_signal = signal.SIGTERM   # another rank was told to stop
+    self.stopping = bool(stopping)
     if count == 0: raise UserError(f"Step {self.step + 1} has no valid target in any sample; check the padding.")
     if self.scaler: self.scaler.unscale_(self.optimizer)
     if self.grads(): torch._foreach_mul_(self.grads(), self.world_size * unit / count)
@@ -264,6 +265,12 @@ class stop_on_signal:
     def __exit__(self, *_):
         for number, handler in self.before.items(): signal.signal(number, handler)
 
+# %% ../../nbs/training/620_loop.ipynb #3c3ffcfe
+@patch
+def must_stop(self: TrainRun) -> bool:
+    "Whether this was the last step for now; all ranks agree."
+    return self.stopping if self.world_size > 1 else self.stop_signal is not None
+
 # %% ../../nbs/training/620_loop.ipynb #f2dbb8e7
 @patch
 def all_rng(self: TrainRun) -> dict[str, torch.Tensor]:
@@ -326,11 +333,14 @@ def load(self: TrainRun,
 
 # %% ../../nbs/training/620_loop.ipynb #964eebad
 def jsonable(
-    metrics: dict,  # numbers, tensors, texts
+    metrics: dict,  # numbers, tensors, texts, or dicts of them
 ) -> dict:          # the same for JSON: NaN and infinity become null
     "Metrics as JSON can hold them."
-    plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+    def plain(v):
+        if isinstance(v, dict): return jsonable(v)
+        v = v.item() if isinstance(v, torch.Tensor) else v
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+    return {k: plain(v) for k, v in metrics.items()}
 
 @patch
 def record(self: TrainRun,
@@ -339,8 +349,6 @@ def record(self: TrainRun,
 ):
     "Append the step to metrics.jsonl, print the log line when it is due."
     row = jsonable({"step": self.step, **metrics})
-    self.shown |= {k: v for k, v in row.items() if v is not None}
-    self.final_loss = row["loss"]
     progress.update(1)
     if not self.main: return
     try: append_jsonl(self.out_dir / "metrics.jsonl", row)
@@ -348,8 +356,9 @@ def record(self: TrainRun,
         raise UserError(f"Step {self.step} could not be written to {self.out_dir / 'metrics.jsonl'}: {e}; free space on "
                         "this disk and continue with --resume=true.") from e
     if self.step % self.loop.log_freq == 0 or self.step == self.total_steps:
-        extra = " ".join(filter(None, (hook.metrics_line() for hook in self.hooks)))
-        self.say(format_log_line(self.step, self.total_steps, {**self.shown, **row}) + (f" | {extra}" if extra else ""))
+        shown = {k: row.get(k) for k in ("loss", "grad_norm", "lr", "update_s", "data_s")}
+        parts = [format_log_line(self.step, self.total_steps, shown), *(hook.metrics_line() for hook in self.hooks)]
+        self.say(" | ".join(filter(None, parts)))
 
 @patch
 def run_evaluation(self: TrainRun):
@@ -362,7 +371,7 @@ def run_evaluation(self: TrainRun):
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items()]
     self.say(" | ".join([f"eval {self.step}/{self.total_steps}", *shown]))
 
-# %% ../../nbs/training/620_loop.ipynb #b0ae219f
+# %% ../../nbs/training/620_loop.ipynb #2e7e47f4
 @patch
 def fetch(self: TrainRun,
     stream,  # iterator of micro-batches
@@ -395,6 +404,7 @@ def prepare(self: TrainRun):
     seed_everything(self.seed + self.rank)
     self.policy.train()
     for hook in self.hooks: hook.on_start(self)
+    self.policy.train()
     if self.resumed:
         restore_rng(self.resumed.rng_of(self.rank))
         self.resumed = None
@@ -407,15 +417,16 @@ def train(self: TrainRun) -> str:  # "done", or the name of the signal that stop
     stream = self.batches(self.step * self.loop.gradient_accumulation_steps)
     with stop_on_signal(self), bar(total=self.total_steps, desc=self.out_dir.name) as progress:
         progress.update(self.step)
-        while self.step < self.total_steps and self.stop_signal is None:
+        while self.step < self.total_steps and not self.must_stop():
             metrics = self.one_step(stream)
             self.step += 1
             self.record(metrics, progress)
             if self.loop.eval_freq and self.step % self.loop.eval_freq == 0: self.run_evaluation()
             if self.save_due(): self.save()
     if self.step < self.total_steps:
-        self.say(f"stopped by {self.stop_signal.name} after step {self.step}; continue with --resume=true")
-        return self.stop_signal.name
+        name = (self.stop_signal or signal.SIGTERM).name   # another rank may have had the signal
+        self.say(f"stopped by {name} after step {self.step}; continue with --resume=true")
+        return name
     self.finish()
     return "done"
 
@@ -423,14 +434,15 @@ def train(self: TrainRun) -> str:  # "done", or the name of the signal that stop
 def save_due(self: TrainRun) -> bool:
     "At every save_freq steps, at the end, and when a signal came."
     regular = self.loop.save_freq and self.step % self.loop.save_freq == 0
-    return bool(regular or self.step == self.total_steps or self.stop_signal is not None)
+    return bool(regular or self.step == self.total_steps or self.must_stop())
 
 # %% ../../nbs/training/620_loop.ipynb #f99881a9
 @patch
 def finish(self: TrainRun):
-    "Let the hooks end and write summary.json."
-    hooks = {hook.name: hook.on_end(self) or {} for hook in self.hooks}
+    "Let the hooks end and write summary.json; a hook that has a `summary()` is asked for it."
+    for hook in self.hooks: hook.on_end(self)
     if not self.main: return
+    hooks = {hook.name: hook.summary() if hasattr(hook, "summary") else {} for hook in self.hooks}
     losses = [row["loss"] for row in read_jsonl(self.out_dir / "metrics.jsonl") if row["loss"] is not None]
     last = losses[-50:] or [float("nan")]
     write_json(self.out_dir / "summary.json", {
