@@ -124,7 +124,7 @@ def label_points(
     "Write each point's name where it covers nothing."
     for name, x, y in named:
         px, py, text = chart.px(x), chart.py(y), short(name)
-        width, spots = 6.3*len(text)+2, []
+        width, spots = 7.4*len(text)+2, []
         for r in range(10, 110, 7):
             spots += [(px+r, py-6), (px-r-width, py-6), (px-width/2, py-r-12), (px-width/2, py+r), (px+r*.7, py-r), (px-r*.7-width, py-r),
                       (px+r*.7, py+r-8), (px-r*.7-width, py+r-8)]
@@ -141,7 +141,7 @@ def name_level(
 ):
     "Say what a dashed level means, where the line is free."
     spots = [(x, chart.py(y)+dy) for x in range(chart.L+4, chart.w, 12) for dy in (-14, 3)]
-    write(chart, free_spot(chart, spots, 5.6*len(text)), text, "fill:var(--soft);font-size:11px")
+    write(chart, free_spot(chart, spots, 6.2*len(text)), text, "fill:var(--soft);font-size:11px")
 
 # %% ../../nbs/apps/945_report_charts.ipynb #e27653e9
 def line(

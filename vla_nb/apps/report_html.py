@@ -42,13 +42,15 @@ LAYOUT = """
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1220px;margin:0 auto;padding:0 20px 64px}header{padding:40px 0 8px}
 h1{font:600 2rem/1.2 ui-serif,Georgia,"Times New Roman",serif;margin:.1em 0 .35em;text-wrap:balance}
-h2{font:600 1.4rem/1.25 ui-serif,Georgia,"Times New Roman",serif;margin:0 0 .5em}h3{font-size:1rem;margin:1.2em 0 .4em}
+h2{font:600 1.4rem/1.25 ui-serif,Georgia,"Times New Roman",serif;margin:0 0 .5em}
+h3{font-size:1rem;margin:1.2em 0 .4em}
 p,ul{max-width:72ch;margin:.5em 0}section{margin-top:44px;padding-top:22px;border-top:1px solid var(--line)}
 .eyebrow{color:var(--soft);font-size:.85rem;margin:0}.soft{color:var(--soft)}small,.small{font-size:.84rem}
 .verdict{font-size:1.16rem;line-height:1.5;border-left:4px solid var(--accent);padding:.15em 0 .15em 16px;max-width:74ch}
 .grid{display:grid;gap:20px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--min,320px)),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;min-width:0}
-.card h3:first-child{margin-top:0}figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.86rem;margin-top:6px;max-width:66ch}
+.card h3:first-child{margin-top:0}figure{margin:0;min-width:0}
+figcaption{color:var(--soft);font-size:.86rem;margin-top:6px;max-width:66ch}
 svg{display:block;width:100%;height:auto;max-width:var(--w,470px);margin:0 auto;font:12px system-ui,sans-serif;color:var(--ink)}
 .chip{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em;vertical-align:.0em;background:var(--c)}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;border:1px solid var(--line);border-radius:10px;background:var(--card)}
@@ -56,28 +58,43 @@ table{border-collapse:separate;border-spacing:0;width:100%;font-variant-numeric:
 th,td{padding:8px 9px;text-align:right;vertical-align:top;white-space:nowrap;border-top:1px solid var(--line)}
 thead th{border-top:0;font-weight:600;vertical-align:bottom;white-space:normal;line-height:1.25}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card);z-index:1}
-td small,th small{display:block;color:var(--soft);font-weight:400}tr.base td{background:var(--tint)}.say{white-space:normal;text-align:left;min-width:15em;max-width:26em}
-.left th,.left td{text-align:left}.pending{color:var(--soft);font-style:italic}.note{background:var(--tint);border-radius:10px;padding:10px 16px}
+td small,th small{display:block;color:var(--soft);font-weight:400}tr.base td{background:var(--tint)}
+.say{white-space:normal;text-align:left;min-width:15em;max-width:26em}
+.left th,.left td{text-align:left}.pending{color:var(--soft);font-style:italic}
+.note{background:var(--tint);border-radius:10px;padding:10px 16px}
 """
 
 # %% ../../nbs/apps/943_report_html.ipynb #25f43a11
 DETAILS = """
-details{margin:12px 0}summary{cursor:pointer;color:var(--accent);padding:6px 0}summary:focus-visible{outline:2px solid var(--accent)}
-code,pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}pre{overflow-x:auto;margin:6px 0;padding:10px 12px}
-pre,code.cmd{background:var(--tint);border-radius:6px}code.cmd{padding:1px 6px;overflow-wrap:anywhere}td code.cmd{overflow-wrap:normal}
+details{margin:12px 0}summary{cursor:pointer;color:var(--accent);padding:6px 0}
+summary:focus-visible{outline:2px solid var(--accent)}
+code,pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre{overflow-x:auto;margin:6px 0;padding:10px 12px}
+pre,code.cmd{background:var(--tint);border-radius:6px}code.cmd{padding:1px 6px;overflow-wrap:anywhere}
+td code.cmd{overflow-wrap:normal}
 .made{font-size:.84rem;color:var(--soft);max-width:none;margin-top:10px;overflow-wrap:anywhere}
-.clips{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px;max-width:760px}video{width:100%;border-radius:8px;background:#000;display:block}
-.clips figcaption{font-size:.9rem;color:var(--ink);overflow-wrap:anywhere}.ok{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}
-.question{display:grid;grid-template-columns:96px minmax(0,1fr);gap:14px}.question img{width:96px;height:96px;object-fit:cover;border-radius:6px;image-rendering:pixelated}
-.question p{margin:0 0 6px;line-height:1.35}.choice{font-size:.86rem;margin-top:7px;overflow-wrap:anywhere}.bars{display:grid;gap:2px;margin-top:3px}
-.bar{height:7px;border-radius:2px;background:var(--tint);overflow:hidden}.bar i{display:block;height:100%;background:var(--c)}
-.frames{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:6px}.frames img{width:100%;border-radius:6px;display:block}
-.tile b{display:block;font:600 .95rem system-ui,sans-serif;margin-bottom:4px}.tile p{font-size:.84rem;color:var(--soft);margin:6px 0 0}
-.checks{list-style:none;padding:0;max-width:none}.checks li{padding:5px 0 5px 2em;text-indent:-2em;border-top:1px solid var(--line)}.checks li:first-child{border:0}
-.mark{display:inline-block;width:2em;text-indent:0}ol.stages{padding-left:1.4em}ol.stages li{margin:2px 0}nav{font-size:.9rem;margin-top:18px}nav a{margin-right:14px;white-space:nowrap}
+.clips{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px;max-width:760px}
+video{width:100%;border-radius:8px;background:#000;display:block}
+.clips figcaption{font-size:.9rem;color:var(--ink);overflow-wrap:anywhere}.ok{color:var(--good);font-weight:600}
+.no{color:var(--bad);font-weight:600}
+.question{display:grid;grid-template-columns:96px minmax(0,1fr);gap:14px}
+.question img{width:96px;height:96px;object-fit:cover;border-radius:6px;image-rendering:pixelated}
+.question p{margin:0 0 6px;line-height:1.35}.choice{font-size:.86rem;margin-top:7px;overflow-wrap:anywhere}
+.bars{display:grid;gap:2px;margin-top:3px}
+.bar{height:7px;border-radius:2px;background:var(--tint);overflow:hidden}
+.bar i{display:block;height:100%;background:var(--c)}
+.frames{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:6px}
+.frames img{width:100%;border-radius:6px;display:block}
+.tile b{display:block;font:600 .95rem system-ui,sans-serif;margin-bottom:4px}
+.tile p{font-size:.84rem;color:var(--soft);margin:6px 0 0}
+.checks{list-style:none;padding:0;max-width:none}
+.checks li{padding:5px 0 5px 2em;text-indent:-2em;border-top:1px solid var(--line)}.checks li:first-child{border:0}
+.mark{display:inline-block;width:2em;text-indent:0}ol.stages{padding-left:1.4em}ol.stages li{margin:2px 0}
+nav{font-size:.9rem;margin-top:18px;display:flex;flex-wrap:wrap;gap:2px 16px}
 a{color:var(--accent)}footer{margin-top:56px;color:var(--soft);font-size:.85rem}
 @media(max-width:560px){main{padding:0 14px 48px}header{padding-top:22px}h1{font-size:1.5rem}section{margin-top:32px}
-.question{grid-template-columns:72px minmax(0,1fr)}.question img{width:72px;height:72px}th,td{padding:7px 9px}.clips{gap:6px}.card{padding:12px}
+.question{grid-template-columns:72px minmax(0,1fr)}.question img{width:72px;height:72px}th,td{padding:7px 9px}
+.clips{gap:6px}.card{padding:12px}
 .verdict{font-size:1.05rem}nav a{line-height:2}}
 @media print{details{display:block}main{max-width:none}}
 """

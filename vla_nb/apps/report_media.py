@@ -47,7 +47,7 @@ def clips(
     what, uris = read_json(folder/"clips.json"), clip_uris(folder)
     name = dict(theta0="theta0", sft="sft", craft=what["craft"])
     outcome = lambda ok: f'<span class="{"ok" if ok else "no"}">{"✓ done" if ok else "✗ not done"}</span>'
-    films = "".join(f'<figure><video src="{uris[c]}" autoplay loop muted playsinline controls aria-label="{escape(short(name[c]))}"></video>'
+    films = "".join(f'<figure><video src="{uris[c]}" autoplay loop muted playsinline title="click to pause" onclick="this.paused?this.play():this.pause()" aria-label="{escape(short(name[c]))}"></video>'
                     f'<figcaption>{chip(name[c])}<br>{outcome(what["success"][c])}</figcaption></figure>' for c in CLIPS)
     return section("clips", "One old task, three policies", f'<p>{escape(what["task"])}, the same start state (seed {what["seed"]}'
                    f'{", episode %d" % what["episode"] if "episode" in what else ""}): before fine-tuning, after SFT, after {escape(short(what["craft"]))}.</p>',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE_MODE', 'BUILD', 'CacheMissing', 'pack_images', 'quantise', 'unpack_images', 'fingerprint', 'resolve_layer',
            'teacher_answers', 'teacher_features', 'pad_cat', 'write_shard', 'build_cache', 'AnchorCache',
-           'check_policy', 'check_cache', 'permutation', 'anchor_indices', 'retention_terms', 'measure_retention',
-           'read_lineage_a', 'import_lineage_a']
+           'check_policy', 'check_cache', 'permutation', 'anchor_indices', 'measure_retention', 'read_lineage_a',
+           'import_lineage_a']
 
 # %% ../../nbs/craft/530_anchors.ipynb #830d0187
 import bisect
@@ -24,7 +24,7 @@ from .. import __version__
 from ..core.files import atomic_write, hash_json, read_json, sha256_file, write_json
 from ..core.types import OBS_IMAGES, UserError
 from .constraint import CraftConfig, CraftError
-from .losses import hidden_loss, pool, teacher_targets, token_ce, token_kl
+from .losses import pool, retention_terms, teacher_targets
 
 # %% ../../nbs/craft/530_anchors.ipynb #071c59e2
 CACHE_MODE = {"token_ce": "token", "token_kl": "token", "hidden": "hidden"}  # retention mode -> kind of cache
@@ -403,24 +403,6 @@ def anchor_indices(
     return [permutation(n, seed, p // n)[p % n] for p in range(start, start + size)]
 
 # %% ../../nbs/craft/530_anchors.ipynb #6fdc7873
-def retention_terms(
-    call: Callable,  # (method name, *arguments) -> result of that policy method
-    batch: dict,  # from AnchorCache.batch, on the policy's device
-    manifest: dict,  # of the cache
-    mode: str,  # token_ce | token_kl | hidden
-    loss: str = "mse",  # hidden: mse | cosine
-    loss_scale: str = "relative",  # hidden mse: relative | raw
-) -> tuple[torch.Tensor, torch.Tensor]:  # (sum, count), differentiable
-    "The retention loss of one batch of anchors."
-    if mode == "hidden":
-        h, masks = call("features", batch, manifest["layer"]["index"])
-        variance = manifest["loss_scale"]["variance"] if loss_scale == "relative" else 1.0
-        f = pool(h, masks, manifest["pooling"])
-        return hidden_loss(f, batch["target_features"], loss, variance, batch.get("target_mask"))
-    logits, targets, mask = call("token_logits", batch)
-    if mode == "token_ce": return token_ce(logits, targets, mask, batch["teacher.ce"])
-    return token_kl(logits, mask, batch["teacher.logprobs"], batch.get("teacher.ids"))
-
 @torch.no_grad()
 def measure_retention(
     policy,  # any policy of the teacher's family

@@ -19,8 +19,9 @@ import torch
 from ..core.config import to_dict
 from ..core.files import atomic_write
 from ..core.hooks import TrainingHook
-from .anchors import AnchorCache, anchor_indices, check_cache, retention_terms
+from .anchors import AnchorCache, anchor_indices, check_cache
 from .constraint import Controller, CraftConfig, CraftError
+from .losses import retention_terms
 from .projection import (adam_metrics, coefficient, correct_update_, gradient_dots, is_conflict, layer_cosines,
                                      merge_, merge_factors)
 

@@ -31,10 +31,10 @@ def result_command(
     for s in (study or {}).get("stages", ()):
         if s["name"] == stage: return s["command"]
     out = run/"eval"/f"{what}.json"
-    return {"mcq": f"vla-nb eval mcq --checkpoint_path={run} --data_jsonl=<questions>.jsonl --output_json={out}",
-            "rollout": f"vla-nb eval rollout --checkpoint_path={run} --tasks=<tasks> --output_json={out}",
-            "offline": f"vla-nb eval offline --checkpoint_path={run} --dataset=<dataset> --output_json={out}",
-            "retention": f"vla-nb eval retention --checkpoint_path={run} --anchors=<anchors> --output_json={out}",
+    return {"mcq": f"vla-nb eval mcq --policy.path={run} --data_jsonl=<questions>.jsonl --output_json={out}",
+            "rollout": f"vla-nb eval rollout --policy.path={run} --tasks=<tasks> --output={out}",
+            "offline": f"vla-nb eval offline --policy.path={run} --dataset=<dataset> --output={out}",
+            "retention": f"vla-nb eval retention --policy.path={run} --anchors=<anchors> --output={out}",
             "train": f"vla-nb train --output_dir={run}"}[what]
 
 

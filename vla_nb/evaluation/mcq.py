@@ -53,7 +53,8 @@ def _wrong(row):
     if not paths or not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         return "needs image_path as a path or a list of paths"
     cameras = row.get("cameras", [])
-    if not isinstance(cameras, list) or cameras and len(cameras) != len(paths): return "needs one camera name per picture"
+    if not isinstance(cameras, list) or cameras and len(cameras) != len(paths):
+        return "needs one camera name per picture"
 
 # %% ../../nbs/evaluation/660_mcq.ipynb #4c4396e1
 def find_image(
@@ -116,8 +117,8 @@ def question_images(
     given = [c.removeprefix(OBS_IMAGES + ".") for c in q.cameras] or wanted[:len(q.images)]
     if len(q.images) != len(wanted) or set(given) != set(wanted):
         found = ", ".join(q.cameras) or f"{len(q.images)} pictures"
-        raise UserError(f"{q.where} has {found}, but the policy reads the cameras {', '.join(wanted)}; give image_path as a "
-                        "list in that order, or name them in 'cameras'.")
+        raise UserError(f"{q.where} has {found}, but the policy reads the cameras {', '.join(wanted)}; "
+                        "give image_path as a list in that order, or name them in 'cameras'.")
     return [_picture(q.images[given.index(c)]) for c in wanted]
 
 def question_batch(

@@ -9,13 +9,14 @@ __all__ = ['RMSNorm', 'rope_tables', 'apply_rope', 'block_mask', 'attention_bias
 import torch
 from torch import nn
 from torch.nn import functional as F
+from ..core.types import UserError
 
 # %% ../../nbs/networks/300_blocks.ipynb #0140e3e2
 class RMSNorm(nn.Module):
     "Root-mean-square norm with multiplier `1 + weight` and float32 statistics (Gemma; arXiv 1910.07467)."
     def __init__(self,
-        dim: int,            # width of the last axis
-        eps: float = 1e-6,     # added to the mean square
+        dim: int,           # width of the last axis
+        eps: float = 1e-6,  # added to the mean square
     ):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps
@@ -26,9 +27,9 @@ class RMSNorm(nn.Module):
 
 # %% ../../nbs/networks/300_blocks.ipynb #fd460dbb
 def rope_tables(
-    positions: torch.Tensor, # [B, L] int64, position of each token
-    head_dim: int,           # width of a head, even
-    base: float = 10_000.,     # slowest wavelength is about 2π·base
+    positions: torch.Tensor,  # [B, L] int64, position of each token
+    head_dim: int,            # width of a head, even
+    base: float = 10_000.,    # slowest wavelength is about 2π·base
 ) -> tuple:                   # cos and signed sin (first half negative): [B, 1, L, head_dim] float32
     "Cosines and sines of the rotary angles, computed once per forward pass."
     freq = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -36,35 +37,35 @@ def rope_tables(
     return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 def apply_rope(
-    x: torch.Tensor,         # [B, heads, L, head_dim]
-    cos: torch.Tensor,       # from `rope_tables`
-    sin: torch.Tensor,       # from `rope_tables`
-) -> torch.Tensor:            # turned x, same shape and dtype
+    x: torch.Tensor,    # [B, heads, L, head_dim]
+    cos: torch.Tensor,  # from `rope_tables`
+    sin: torch.Tensor,  # from `rope_tables`
+) -> torch.Tensor:      # turned x, same shape and dtype
     "Turn every coordinate pair `(i, i + head_dim/2)` by its angle (arXiv 2104.09864, rotate-half layout)."
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 # %% ../../nbs/networks/300_blocks.ipynb #a336730e
 def block_mask(
-    bits: torch.Tensor,      # [B, L] 1 where a new block starts
-    valid: torch.Tensor,     # [B, L] bool, False for padding
-) -> torch.Tensor:            # [B, L, L] bool, True where query i (axis 1) sees key j (axis 2)
+    bits: torch.Tensor,   # [B, L] 1 where a new block starts
+    valid: torch.Tensor,  # [B, L] bool, False for padding
+) -> torch.Tensor:        # [B, L, L] bool, True where query i (axis 1) sees key j (axis 2)
     "Prefix-bidirectional, suffix-causal mask from block-start bits; padded queries see only themselves."
     c = bits.long().cumsum(1)
     seen = (c[:, None, :] <= c[:, :, None]) & valid[:, None, :] & valid[:, :, None]
     return seen | torch.eye(bits.shape[1], dtype=torch.bool, device=bits.device)
 
 def attention_bias(
-    mask: torch.Tensor,      # [B, Lq, Lk] bool
-    dtype: torch.dtype,      # dtype of the queries
-) -> torch.Tensor:            # [B, 1, Lq, Lk]: 0 where seen, −inf where not
+    mask: torch.Tensor,  # [B, Lq, Lk] bool
+    dtype: torch.dtype,  # dtype of the queries
+) -> torch.Tensor:       # [B, 1, Lq, Lk]: 0 where seen, −inf where not
     "The additive form of a mask, built once and used by every layer."
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf")).unsqueeze(1)
 
 # %% ../../nbs/networks/300_blocks.ipynb #4a687192
 def attend(
-    q: torch.Tensor,             # [B, heads, Lq, head_dim]
-    k: torch.Tensor,             # [B, kv_heads, Lk, head_dim]
-    v: torch.Tensor,             # [B, kv_heads, Lk, head_dim]
+    q: torch.Tensor,  # [B, heads, Lq, head_dim]
+    k: torch.Tensor,  # [B, kv_heads, Lk, head_dim]
+    v: torch.Tensor,  # [B, kv_heads, Lk, head_dim]
     bias: torch.Tensor|None = None,# [B, 1, Lq, Lk] additive mask; None: every query sees every key
 ) -> torch.Tensor:                # [B, Lq, heads·head_dim]
     "Grouped scaled-dot-product attention."
@@ -78,13 +79,14 @@ def attend(
 class Attention(nn.Module):
     "Query, key, value and output projections of one stream (no biases)."
     def __init__(self,
-        width: int,          # width of the residual stream
-        heads: int,          # query heads
-        kv_heads: int,       # key/value heads, divides `heads`
-        head_dim: int,       # width of a head
+        width: int,     # width of the residual stream
+        heads: int,     # query heads
+        kv_heads: int,  # key/value heads, divides `heads`
+        head_dim: int,  # width of a head
     ):
         super().__init__()
-        if heads % kv_heads: raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads: use a divisor of {heads}")
+        if heads % kv_heads:
+            raise UserError(f"{heads} query heads cannot share {kv_heads} key/value heads: use a divisor of {heads}")
         self.head_dim = head_dim
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
@@ -100,8 +102,8 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     "Gated tanh-GELU feed-forward layer without biases (arXiv 2002.05202, GeGLU)."
     def __init__(self,
-        width: int,          # width of the residual stream
-        hidden: int,         # width inside
+        width: int,   # width of the residual stream
+        hidden: int,  # width inside
     ):
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -123,13 +125,14 @@ class KVCache:
         self.k, self.v, self.length = like.new_zeros((depth, *shape)), like.new_zeros((depth, *shape)), 0
 
     def extend(self,
-        layer: int,          # which layer writes
-        k: torch.Tensor,     # [B, kv_heads, n, head_dim], after RoPE
-        v: torch.Tensor,     # [B, kv_heads, n, head_dim]
-    ) -> tuple:               # k, v of all columns so far, the new ones included
+        layer: int,       # which layer writes
+        k: torch.Tensor,  # [B, kv_heads, n, head_dim], after RoPE
+        v: torch.Tensor,  # [B, kv_heads, n, head_dim]
+    ) -> tuple:           # k, v of all columns so far, the new ones included
         "Write `n` columns behind the end mark."
         end = self.length + k.shape[2]
-        if end > self.k.shape[3]: raise ValueError(f"the KV cache holds {self.k.shape[3]} tokens, {end} were written: allocate more")
+        room = self.k.shape[3]
+        if end > room: raise UserError(f"the KV cache holds {room} tokens, {end} were written: allocate more")
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .blocks import RMSNorm, Attention, GatedMLP, KVCache, rope_tables, apply_rope, block_mask, attention_bias, attend
+from ..core.types import UserError
+from .blocks import (Attention, GatedMLP, KVCache, RMSNorm, apply_rope, attend, attention_bias,
+                                    block_mask, rope_tables)
 
 # %% ../../nbs/networks/320_paligemma.ipynb #df52b5de
 class GemmaLayer(nn.Module):
     "One stream's share of a layer: everything but the attention itself."
     def __init__(self,
-        width: int,          # residual stream
-        mlp_dim: int,        # inner width of the MLP
-        heads: int,          # query heads
-        kv_heads: int,       # key/value heads
-        head_dim: int,       # width of a head
+        width: int,     # residual stream
+        mlp_dim: int,   # inner width of the MLP
+        heads: int,     # query heads
+        kv_heads: int,  # key/value heads
+        head_dim: int,  # width of a head
     ):
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(width), RMSNorm(width)
@@ -30,36 +32,37 @@ class GemmaLayer(nn.Module):
 
     def before(self,
         x: torch.Tensor,                 # [B, L, width]
-        rows: torch.Tensor|None = None,    # [B, n] positions that are queried; None: all
-    ) -> tuple:                           # q [B, heads, n, head_dim], k, v [B, kv_heads, L, head_dim], not yet turned
+        rows: torch.Tensor|None = None,  # [B, n] positions that are queried; None: all
+    ) -> tuple:                          # q [B, heads, n, head_dim], k, v [B, kv_heads, L, head_dim], not yet turned
         "Norm and projections."
         a, y = self.self_attn, self.input_layernorm(x)
         return a.heads(a.q_proj(y if rows is None else take(y, rows))), a.heads(a.k_proj(y)), a.heads(a.v_proj(y))
 
     def after(self,
-        x: torch.Tensor,     # [B, n, width] residual stream before the layer
-        y: torch.Tensor,     # [B, n, heads·head_dim] attention output
-    ) -> torch.Tensor:        # [B, n, width]
+        x: torch.Tensor,  # [B, n, width] residual stream before the layer
+        y: torch.Tensor,  # [B, n, heads·head_dim] attention output
+    ) -> torch.Tensor:    # [B, n, width]
         "Output projection and MLP, each added to the stream."
         x = x + self.self_attn.o_proj(y)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+# %% ../../nbs/networks/320_paligemma.ipynb #ac6c841c
 def take(
-    x: torch.Tensor,         # [B, L, D]
-    rows: torch.Tensor,      # [B, n] positions
-) -> torch.Tensor:            # [B, n, D]
+    x: torch.Tensor,     # [B, L, D]
+    rows: torch.Tensor,  # [B, n] positions
+) -> torch.Tensor:       # [B, n, D]
     "Pick positions of every row of a batch."
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
-# %% ../../nbs/networks/320_paligemma.ipynb #ac6c841c
+# %% ../../nbs/networks/320_paligemma.ipynb #387bd592
 def joint_layer(
-    layers: list,                    # one GemmaLayer per stream
-    xs: list,                        # per stream [B, L_i, width_i]
-    rope: tuple,                     # cos, sin for the concatenated sequence
-    bias: torch.Tensor|None,         # [B, 1, L, columns] additive mask
-    cache: KVCache|None = None,        # appended to when given
-    index: int = 0,                    # number of this layer in the cache
-) -> list:                            # per stream [B, L_i, width_i]
+    layers: list,                # one GemmaLayer per stream
+    xs: list,                    # per stream [B, L_i, width_i]
+    rope: tuple,                 # cos, sin for the concatenated sequence
+    bias: torch.Tensor|None,     # [B, 1, L, columns] additive mask
+    cache: KVCache|None = None,  # appended to when given
+    index: int = 0,              # number of this layer in the cache
+) -> list:                       # per stream [B, L_i, width_i]
     "One attention over all streams; each stream has its own projections, norms and MLP."
     parts = [layer.before(x) for layer, x in zip(layers, xs)]
     q, k, v = (t[0] if len(t) == 1 else torch.cat(t, 2) for t in zip(*parts))
@@ -68,52 +71,59 @@ def joint_layer(
     ys = attend(q, k, v, bias).split([x.shape[1] for x in xs], 1)
     return [layer.after(x, y) for layer, x, y in zip(layers, xs, ys)]
 
-# %% ../../nbs/networks/320_paligemma.ipynb #387bd592
+# %% ../../nbs/networks/320_paligemma.ipynb #59be05d5
 class Gemma(nn.Module):
     "Embedding table, layers, final norm (names as in the published checkpoints)."
     def __init__(self,
-        vocab_size: int,     # rows of the embedding table
-        width: int,          # residual stream
-        depth: int,          # layers
-        mlp_dim: int,        # inner width of the MLP
-        heads: int,          # query heads
-        kv_heads: int,       # key/value heads
-        head_dim: int,       # width of a head
+        vocab_size: int,  # rows of the embedding table
+        width: int,       # residual stream
+        depth: int,       # layers
+        mlp_dim: int,     # inner width of the MLP
+        heads: int,       # query heads
+        kv_heads: int,    # key/value heads
+        head_dim: int,    # width of a head
     ):
         super().__init__()
         self.width, self.kv_heads, self.head_dim = width, kv_heads, head_dim
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(GemmaLayer(width, mlp_dim, heads, kv_heads, head_dim) for _ in range(depth))
         self.norm = RMSNorm(width)
-        nn.init.normal_(self.embed_tokens.weight, std=width ** -0.5)
-        for layer in self.layers:
-            for name, p in layer.named_parameters():
-                if p.ndim == 2: nn.init.normal_(p, std=p.shape[1] ** -0.5)
-                if name.endswith(("o_proj.weight", "down_proj.weight")): p.data.mul_((2 * depth) ** -0.5)
+        self.initialise()
 
-    def embed(self, ids: torch.Tensor # [B, L] int64
+    def initialise(self):
+        "Unit variance through every matrix; what is added to the residual stream is damped by its 2·depth additions."
+        nn.init.normal_(self.embed_tokens.weight, std=self.width ** -0.5)
+        for name, p in self.layers.named_parameters():
+            if p.ndim < 2: continue
+            damp = (2 * len(self.layers)) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            nn.init.normal_(p, std=damp * p.shape[1] ** -0.5)
+
+# %% ../../nbs/networks/320_paligemma.ipynb #c4f7cece
+@patch
+def embed(self: Gemma, ids: torch.Tensor # [B, L] int64
     ) -> torch.Tensor:        # [B, L, width]
-        "Token embeddings times sqrt(width)."
-        return self.embed_tokens(ids) * math.sqrt(self.width)
+    "Token embeddings times sqrt(width)."
+    return self.embed_tokens(ids) * math.sqrt(self.width)
 
-    def logits(self,
-        h: torch.Tensor,     # [..., width] after the final norm
-        first: int = 0,        # first id that is scored
-        last: int|None = None, # one past the last id; None: to the end
-    ) -> torch.Tensor:        # [..., last − first]
-        "Scores of a range of ids by the tied head."
-        return nn.functional.linear(h, self.embed_tokens.weight[first:last])
+@patch
+def logits(self: Gemma,
+    h: torch.Tensor,        # [..., width] after the final norm
+    first: int = 0,         # first id that is scored
+    last: int|None = None,  # one past the last id; None: to the end
+) -> torch.Tensor:          # [..., last − first]
+    "Scores of a range of ids by the tied head."
+    return nn.functional.linear(h, self.embed_tokens.weight[first:last])
 
-# %% ../../nbs/networks/320_paligemma.ipynb #59be05d5
+# %% ../../nbs/networks/320_paligemma.ipynb #2fd02802
 @patch
 def run(self: Gemma,
     x: torch.Tensor,                 # [B, L, width] embeddings
     positions: torch.Tensor,         # [B, L] int64
     bias: torch.Tensor|None,         # [B, 1, L, columns] additive mask
-    rows: torch.Tensor|None = None,    # [B, n] positions whose output is wanted; None: all
-    layer: int = -1,                   # hidden state to return
-    cache: KVCache|None = None,        # appended to when given
-) -> torch.Tensor:                    # [B, L or n, width]
+    rows: torch.Tensor|None = None,  # [B, n] positions whose output is wanted; None: all
+    layer: int = -1,                 # hidden state to return
+    cache: KVCache|None = None,      # appended to when given
+) -> torch.Tensor:                   # [B, L or n, width]
     "Run the blocks up to a hidden state; the last block only where its output is read."
     depth = len(self.layers)
     stop = resolve_layer(layer, depth + 1)
@@ -125,16 +135,17 @@ def run(self: Gemma,
     if stop == 0 and rows is not None: x = take(x, rows)
     return self.norm(x) if stop == depth else x
 
+# %% ../../nbs/networks/320_paligemma.ipynb #34400183
 @patch
 def run_rows(self: Gemma,
-    block: GemmaLayer,               # the last block
-    x: torch.Tensor,                 # [B, L, width]
-    rope: tuple,                     # cos, sin of all positions
-    bias: torch.Tensor|None,         # [B, 1, L, columns]
-    rows: torch.Tensor,              # [B, n] positions that are read
-    cache: KVCache|None,             # appended to when given
-    index: int,                      # number of the layer
-) -> torch.Tensor:                    # [B, n, width]
+    block: GemmaLayer,        # the last block
+    x: torch.Tensor,          # [B, L, width]
+    rope: tuple,              # cos, sin of all positions
+    bias: torch.Tensor|None,  # [B, 1, L, columns]
+    rows: torch.Tensor,       # [B, n] positions that are read
+    cache: KVCache|None,      # appended to when given
+    index: int,               # number of the layer
+) -> torch.Tensor:            # [B, n, width]
     "A block with queries at some positions only."
     q, k, v = block.before(x, rows)
     cos, sin = rope
@@ -145,14 +156,15 @@ def run_rows(self: Gemma,
     return block.after(take(x, rows), attend(q, k, v, some))
 
 def resolve_layer(
-    layer: int,              # index of a hidden state, negative from the end
-    count: int,              # number of hidden states = blocks + 1
-) -> int:                     # the same index counted from 0
+    layer: int,  # index of a hidden state, negative from the end
+    count: int,  # number of hidden states = blocks + 1
+) -> int:        # the same index counted from 0
     "Turn a hidden-state index into one counted from 0."
-    if not -count <= layer < count: raise ValueError(f"hidden state {layer} does not exist: this trunk has {count} (0 … {count - 1}, −1 is the last)")
+    if not -count <= layer < count:
+        raise UserError(f"hidden state {layer} does not exist: the trunk has {count}, 0 … {count - 1}; −1 is the last.")
     return layer % count
 
-# %% ../../nbs/networks/320_paligemma.ipynb #2fd02802
+# %% ../../nbs/networks/320_paligemma.ipynb #7698be4e
 @dataclass
 class Prefix:
     "An embedded prefix."
@@ -177,21 +189,21 @@ class Projector(nn.Module):
 class PaliGemma(nn.Module):
     "Vision tower, projector and language model with prefix-bidirectional, suffix-causal attention."
     def __init__(self,
-        vision: nn.Module,   # tower: [B, cameras, 3, H, W] → [B, tokens, tower width]; has `.width`
+        vision: nn.Module,  # tower: [B, cameras, 3, H, W] → [B, tokens, tower width]; has `.width`
         **sizes,            # vocab_size, width, depth, mlp_dim, heads, kv_heads, head_dim: see `Gemma`
     ):
         super().__init__()
         self.vision_tower, self.language_model = vision, Gemma(**sizes)
         self.multi_modal_projector = Projector(vision.width, sizes["width"])
 
-# %% ../../nbs/networks/320_paligemma.ipynb #34400183
+# %% ../../nbs/networks/320_paligemma.ipynb #57ee2448
 @patch
 def prefix(self: PaliGemma,
-    images: torch.Tensor,            # [B, cameras, 3, H, W] in [−1, 1]
-    extra: torch.Tensor|None,        # [B, n, width] tokens between pictures and words (the state); None: none
-    ids: torch.Tensor,               # [B, Lt] int64 words, right-padded
-    valid: torch.Tensor,             # [B, Lt] bool
-) -> Prefix:                          # embedded, in the order pictures, extra, words
+    images: torch.Tensor,      # [B, cameras, 3, H, W] in [−1, 1]
+    extra: torch.Tensor|None,  # [B, n, width] tokens between pictures and words (the state); None: none
+    ids: torch.Tensor,         # [B, Lt] int64 words, right-padded
+    valid: torch.Tensor,       # [B, Lt] bool
+) -> Prefix:                   # embedded, in the order pictures, extra, words
     "Embed a prefix; picture tokens are not scaled, words are."
     seen = self.multi_modal_projector(self.vision_tower(images))
     words = self.language_model.embed(ids)
@@ -203,9 +215,9 @@ def prefix(self: PaliGemma,
 
 @patch
 def hidden(self: PaliGemma,
-    prefix: Prefix,          # from `prefix`
-    layer: int = -1,           # hidden state, numbered as in transformers
-) -> torch.Tensor:            # [B, L, width]
+    prefix: Prefix,   # from `prefix`
+    layer: int = -1,  # hidden state, numbered as in transformers
+) -> torch.Tensor:    # [B, L, width]
     "A hidden state of the prefix alone: the prefix never sees a suffix, so this is exact."
     bias = attention_bias(block_mask(torch.zeros_like(prefix.valid), prefix.valid), prefix.x.dtype)
     return self.language_model.run(prefix.x, positions_of(prefix.valid), bias, layer=layer)
@@ -215,13 +227,13 @@ def positions_of(valid: torch.Tensor # [B, L] bool
     "Position ids `cumsum(valid) − 1`: padding consumes none."
     return (valid.long().cumsum(1) - 1).clamp_(min=0)
 
-# %% ../../nbs/networks/320_paligemma.ipynb #1fad7d70
+# %% ../../nbs/networks/320_paligemma.ipynb #8a83553c
 @patch
 def suffix_hidden(self: PaliGemma,
-    prefix: Prefix,          # from `prefix`
-    ids: torch.Tensor,       # [B, S] int64 suffix, right-padded
-    valid: torch.Tensor,     # [B, S] bool
-) -> torch.Tensor:            # [B, S, width]: position s predicts ids[:, s]
+    prefix: Prefix,       # from `prefix`
+    ids: torch.Tensor,    # [B, S] int64 suffix, right-padded
+    valid: torch.Tensor,  # [B, S] bool
+) -> torch.Tensor:        # [B, S, width]: position s predicts ids[:, s]
     "Final hidden states that predict the suffix, all tokens in one pass (teacher forcing)."
     inputs, ok = ids[:, :-1], torch.cat([prefix.valid, valid[:, :-1]], 1)
     x = torch.cat([prefix.x, self.language_model.embed(inputs)], 1)
@@ -230,7 +242,7 @@ def suffix_hidden(self: PaliGemma,
     rows = torch.cat([prefix.last[:, None], torch.arange(n, n + s, device=ids.device).expand(len(ids), -1)], 1)
     return self.language_model.run(x, positions_of(ok), attention_bias(block_mask(bits, ok), x.dtype), rows=rows)
 
-# %% ../../nbs/networks/320_paligemma.ipynb #57ee2448
+# %% ../../nbs/networks/320_paligemma.ipynb #7aa8f863
 @dataclass
 class Decoding:
     "Where a batch of rows stands while it is decoded."
@@ -243,12 +255,13 @@ class Decoding:
         self.cache.keep(rows)
         self.valid, self.position = self.valid[rows], self.position[rows]
 
+# %% ../../nbs/networks/320_paligemma.ipynb #5170bf39
 @patch
 def start(self: PaliGemma,
-    prefix: Prefix,              # from `prefix`
-    ids: torch.Tensor|None,      # [B, n] forced first suffix tokens, all valid; None: none
-    room: int,                   # suffix tokens the cache must hold, the forced ones included
-) -> tuple:                       # h [B, width] that predicts the next token, Decoding
+    prefix: Prefix,          # from `prefix`
+    ids: torch.Tensor|None,  # [B, n] forced first suffix tokens, all valid; None: none
+    room: int,               # suffix tokens the cache must hold, the forced ones included
+) -> tuple:                  # h [B, width] that predicts the next token, Decoding
     "Read the prefix and the forced tokens once."
     lm, n = self.language_model, prefix.x.shape[1]
     forced = prefix.valid.new_ones(len(prefix.x), 0 if ids is None else ids.shape[1])
@@ -261,34 +274,37 @@ def start(self: PaliGemma,
     valid = torch.cat([ok, ok.new_zeros(len(ok), n + room - ok.shape[1])], 1)
     return h[:, 0], Decoding(cache, valid, ok.sum(1))
 
+# %% ../../nbs/networks/320_paligemma.ipynb #c609fab1
 @patch
 def step(self: PaliGemma,
-    at: Decoding,            # from `start`, advanced in place
-    ids: torch.Tensor,       # [B] int64, the token each row has just chosen
-) -> torch.Tensor:            # [B, width] predicts the next token
+    at: Decoding,       # from `start`, advanced in place
+    ids: torch.Tensor,  # [B] int64, the token each row has just chosen
+) -> torch.Tensor:      # [B, width] predicts the next token
     "Read one more token per row."
     n = at.cache.length
     at.valid[:, n] = True
     x = self.language_model.embed(ids[:, None])
-    h = self.language_model.run(x, at.position[:, None], attention_bias(at.valid[:, None, :n + 1], x.dtype), cache=at.cache)
+    bias = attention_bias(at.valid[:, None, :n + 1], x.dtype)
+    h = self.language_model.run(x, at.position[:, None], bias, cache=at.cache)
     at.position = at.position + 1
     return h[:, 0]
 
-# %% ../../nbs/networks/320_paligemma.ipynb #8a83553c
+# %% ../../nbs/networks/320_paligemma.ipynb #c434adf0
 @patch
 def choice_hidden(self: PaliGemma,
-    prefix: Prefix,          # from `prefix`, one row per question
-    ids: torch.Tensor,       # [B, C, S] int64 choices, right-padded
-    valid: torch.Tensor,     # [B, C, S] bool
-) -> torch.Tensor:            # [B, C, S, width]: position s predicts ids[:, :, s]
+    prefix: Prefix,       # from `prefix`, one row per question
+    ids: torch.Tensor,    # [B, C, S] int64 choices, right-padded
+    valid: torch.Tensor,  # [B, C, S] bool
+) -> torch.Tensor:        # [B, C, S, width]: position s predicts ids[:, :, s]
     "Final hidden states that predict each choice, all choices of a question behind one cached prefix."
     b, c, s = ids.shape
     first, at = self.start(prefix, None, room=c * (s - 1))
     if s == 1: return first[:, None, None].expand(-1, c, -1, -1)
-    n, inputs, ok = prefix.x.shape[1], ids[:, :, :-1].flatten(1), valid[:, :, :-1].flatten(1)
+    inputs, ok = ids[:, :, :-1].flatten(1), valid[:, :, :-1].flatten(1)
     place = torch.arange(c * (s - 1), device=ids.device)
-    own = (place[:, None] // (s - 1) == place // (s - 1)) & (place[:, None] >= place)
-    seen = torch.cat([prefix.valid[:, None].expand(-1, len(place), -1), own & ok[:, None] | torch.eye(len(place), dtype=torch.bool, device=ids.device)], 2)
-    x = self.language_model.embed(inputs)
-    h = self.language_model.run(x, at.position[:, None] + place % (s - 1), attention_bias(seen, x.dtype), cache=at.cache)
+    own = (place[:, None] // (s - 1) == place // (s - 1)) & (place[:, None] >= place)     # the same choice, not later
+    own = own & ok[:, None] | torch.eye(len(place), dtype=torch.bool, device=ids.device)
+    seen = torch.cat([prefix.valid[:, None].expand(-1, len(place), -1), own], 2)
+    x, positions = self.language_model.embed(inputs), at.position[:, None] + place % (s - 1)
+    h = self.language_model.run(x, positions, attention_bias(seen, x.dtype), cache=at.cache)
     return torch.cat([first[:, None, None].expand(-1, c, -1, -1), h.reshape(b, c, s - 1, -1)], 2)

@@ -10,18 +10,20 @@ __all__ = ['ConvStem', 'SiglipAttention', 'SiglipMLP', 'SiglipLayer', 'SiglipEmb
 import torch
 from torch import nn
 from torch.nn import functional as F
+from ..core.types import UserError
 
 # %% ../../nbs/networks/310_vision.ipynb #369ba150
 class ConvStem(nn.Module):
     "Four stride-2 convolutions: `(size/16)²` tokens per camera."
     def __init__(self,
-        width: int,                          # channels of the last convolution = width of a token
-        image_size: int = 64,                  # side in pixels, a multiple of 16
-        cameras: int = 2,                      # number of cameras, each with its own position vectors
-        channels: tuple = (32, 64, 96),        # channels of the first three convolutions, multiples of 8
+        width: int,                      # channels of the last convolution = width of a token
+        image_size: int = 64,            # side in pixels, a multiple of 16
+        cameras: int = 2,                # number of cameras, each with its own position vectors
+        channels: tuple = (32, 64, 96),  # channels of the first three convolutions, multiples of 8
     ):
         super().__init__()
-        if image_size % 16: raise ValueError(f"the conv stem divides the picture by 16: image_size {image_size} is not a multiple of 16")
+        if image_size % 16:
+            raise UserError(f"the conv stem divides the picture by 16: image_size {image_size} is not a multiple of 16")
         sizes = (3, *channels, width)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in sizes[1:])
@@ -46,9 +48,11 @@ class SiglipAttention(nn.Module):
 
     def forward(self, x: torch.Tensor # [B, L, width]
     ) -> torch.Tensor:                # [B, L, width]
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
+# %% ../../nbs/networks/310_vision.ipynb #0e5dbf8a
 class SiglipMLP(nn.Module):
     "Two linear layers with a tanh-GELU between."
     def __init__(self, width: int, hidden: int):  # token width; inner width
@@ -68,10 +72,10 @@ class SiglipLayer(nn.Module):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
-# %% ../../nbs/networks/310_vision.ipynb #0e5dbf8a
+# %% ../../nbs/networks/310_vision.ipynb #ffde3cd9
 class SiglipEmbeddings(nn.Module):
     "Patch convolution plus learned positions."
-    def __init__(self, width: int, image_size: int, patch: int): # token width; side of the picture and of a patch in pixels
+    def __init__(self, width: int, image_size: int, patch: int): # token width; sides in pixels
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch)
         self.position_embedding = nn.Embedding((image_size // patch) ** 2, width)
@@ -82,7 +86,7 @@ class SiglipEmbeddings(nn.Module):
 
 class SiglipEncoder(nn.Module):
     "The stack of blocks."
-    def __init__(self, width: int, depth: int, heads: int, mlp_dim: int): # token width; blocks; heads; inner width of the MLP
+    def __init__(self, width: int, depth: int, heads: int, mlp_dim: int): # see `SiglipTower`
         super().__init__()
         self.layers = nn.ModuleList(SiglipLayer(width, heads, mlp_dim) for _ in range(depth))
 
@@ -90,29 +94,31 @@ class SiglipEncoder(nn.Module):
         for layer in self.layers: x = layer(x)
         return x
 
+# %% ../../nbs/networks/310_vision.ipynb #73aca681
 class SiglipVision(nn.Module):
     "Embeddings, blocks, final norm; no pooling."
-    def __init__(self, width: int, depth: int, heads: int, mlp_dim: int, image_size: int, patch: int): # see `SiglipTower`
+    def __init__(self, width, depth, heads, mlp_dim, image_size, patch): # see `SiglipTower`
         super().__init__()
         self.embeddings = SiglipEmbeddings(width, image_size, patch)
         self.encoder = SiglipEncoder(width, depth, heads, mlp_dim)
         self.post_layernorm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor: return self.post_layernorm(self.encoder(self.embeddings(images)))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.post_layernorm(self.encoder(self.embeddings(images)))
 
-# %% ../../nbs/networks/310_vision.ipynb #ffde3cd9
+# %% ../../nbs/networks/310_vision.ipynb #f13f1e3f
 class SiglipTower(nn.Module):
     "SigLIP vision transformer (arXiv 2303.15343; names as in the published PaliGemma PyTorch checkpoints)."
     def __init__(self,
-        width: int = 1152,         # token width
-        depth: int = 27,           # blocks
-        heads: int = 16,           # attention heads
-        mlp_dim: int = 4304,       # inner width of the MLP
-        image_size: int = 224,     # side in pixels, a multiple of `patch`
-        patch: int = 14,           # side of a patch in pixels
+        width: int = 1152,      # token width
+        depth: int = 27,        # blocks
+        heads: int = 16,        # attention heads
+        mlp_dim: int = 4304,    # inner width of the MLP
+        image_size: int = 224,  # side in pixels, a multiple of `patch`
+        patch: int = 14,        # side of a patch in pixels
     ):
         super().__init__()
-        if image_size % patch: raise ValueError(f"image_size {image_size} is not a multiple of the patch {patch}")
+        if image_size % patch: raise UserError(f"image_size {image_size} is not a multiple of the patch {patch}")
         self.vision_model = SiglipVision(width, depth, heads, mlp_dim, image_size, patch)
         self.tokens, self.width = (image_size // patch) ** 2, width
 

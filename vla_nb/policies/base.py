@@ -28,9 +28,12 @@ POLICIES = {
     "pi0_fast": "vla_nb.policies.pi0_fast:Pi0FastPolicy",
     "fake": "vla_nb.policies.fake:FakePolicy",
 }
-LANG_TOKENS, LANG_MASK = "observation.language.tokens", "observation.language.attention_mask"  # prefix ids [B, Lp], bool
-SUFFIX_TOKENS, SUFFIX_MASK, SUFFIX_LOSS = "suffix.tokens", "suffix.attention_mask", "suffix.loss_mask"  # targets [B, S], bool, bool
-QUESTION = "is_question"                                                                      # bool [B]
+LANG_TOKENS = "observation.language.tokens"         # int64 [B, Lp] prefix ids, right-padded
+LANG_MASK = "observation.language.attention_mask"   # bool [B, Lp] true at real ids
+SUFFIX_TOKENS = "suffix.tokens"                     # int64 [B, S] target ids, right-padded
+SUFFIX_MASK = "suffix.attention_mask"               # bool [B, S] true at real ids
+SUFFIX_LOSS = "suffix.loss_mask"                    # bool [B, S] true where the loss is taken
+QUESTION = "is_question"                            # bool [B] true where an answer is wanted, not actions
 
 # %% ../../nbs/policies/400_base.ipynb #231004bb
 @dataclass(frozen=True)
@@ -42,15 +45,19 @@ class PolicyConfig:
     n_action_steps: int = 50    # actions executed before the next plan
 
     def __post_init__(self):
-        for name in ("input_features", "output_features"): object.__setattr__(self, name, as_features(getattr(self, name)))
-        if ACTION not in self.output_features: raise UserError(f"output_features has no {ACTION!r}: it has {sorted(self.output_features)}.")
+        for name in ("input_features", "output_features"):
+            object.__setattr__(self, name, as_features(getattr(self, name)))
+        if ACTION not in self.output_features:
+            raise UserError(f"output_features has no {ACTION!r}: it has {sorted(self.output_features)}.")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(f"n_action_steps is {self.n_action_steps}: use 1 … chunk_size = {self.chunk_size}.")
 
 # %% ../../nbs/policies/400_base.ipynb #a6037c02
 class Policy(nn.Module):
-    "Base of all policies; a subclass gives `loss_terms`, `predict_action_chunk`, `from_data`, `name` and `config_class`."
-    name, config_class, has_lm, step_classes = "", None, False, {}  # step_classes: saved name -> class of private pipeline steps
+    "Base of all policies; a subclass gives `name`, `config_class`, `loss_terms`, `predict_action_chunk`, `from_data`."
+    name, config_class = "", PolicyConfig   # type as in config.json; dataclass of the configuration
+    has_lm = False                          # true when the policy can answer questions
+    step_classes = {}                       # saved name → class of pipeline steps of its own
 
     def __init__(self,
         config,         # a PolicyConfig
@@ -61,15 +68,8 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.preprocessor, self.postprocessor, self.queue = config, preprocessor, postprocessor, queue
 
-    def loss_terms(self, batch): raise NotImplementedError(f"{type(self).__name__} does not define loss_terms.")
-    def predict_action_chunk(self, batch): raise NotImplementedError(f"{type(self).__name__} does not define predict_action_chunk.")
-
-    def forward(self,
-        batch: dict,    # pre-processed, with targets
-    ) -> tuple:         # (mean loss, logs: name -> float tensor)
-        "Mean loss over the valid targets of a batch."
-        total, count, logs = self.loss_terms(batch)
-        return total / count.clamp(min=1), logs
+    def loss_terms(self, batch): raise NotImplementedError(f"{type(self).__name__}: loss_terms")
+    def predict_action_chunk(self, batch): raise NotImplementedError(f"{type(self).__name__}: predict_action_chunk")
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device
@@ -80,9 +80,18 @@ class Policy(nn.Module):
 
 # %% ../../nbs/policies/400_base.ipynb #e9fd15b5
 @patch
+def forward(self: Policy,
+    batch: dict,  # pre-processed, with targets
+) -> tuple:       # (mean loss, logs: name → scalar tensor)
+    "Mean loss over the valid targets of a batch."
+    total, count, logs = self.loss_terms(batch)
+    return total / count.clamp(min=1), logs
+
+# %% ../../nbs/policies/400_base.ipynb #13e873de
+@patch
 def select_action(self: Policy,
-    batch: dict|None,   # pre-processed; not read while the queue holds actions
-) -> torch.Tensor:      # [B, A] normalised
+    batch: dict|None,  # pre-processed; not read while the queue holds actions
+) -> torch.Tensor:     # [B, A] normalised
     "The next action of the plan; plans anew when the queue is empty."
     if self.queue.empty: self.queue.push(self.predict_action_chunk(batch))
     return self.queue.pop()
@@ -98,21 +107,30 @@ def needs_observation(self: Policy) -> bool:
     "True when the next `act` or `select_action` will look at the world."
     return self.queue.empty
 
+# %% ../../nbs/policies/400_base.ipynb #9ebcd7c3
+@patch
+def prepare(self: Policy,
+    batch: dict,  # raw batch or sample
+) -> dict:        # pre-processed, on the device of the weights
+    "Raw values to what the network reads."
+    return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in self.preprocessor(batch).items()}
+
 @patch
 def act(self: Policy,
-    observation: dict,  # "observation.state" [D], pictures uint8 [H, W, 3] or [3, H, W], or float in [0, 1]; "task": str
+    observation: dict,  # "observation.state" [D], pictures [H, W, 3] or [3, H, W], uint8 or in [0, 1]; "task" text
 ) -> np.ndarray:        # [A] physical action
     "Raw observation in, physical action out."
     with torch.no_grad():
-        batch = self.preprocessor(self.check_observation(observation)) if self.queue.empty else None
+        batch = self.prepare(self.check_observation(observation)) if self.queue.empty else None
         return self.postprocessor(self.select_action(batch))[0].cpu().numpy()
 
+# %% ../../nbs/policies/400_base.ipynb #a81fdc32
 @patch
 def plan(self: Policy,
-    batch: dict,        # raw batch: pictures [B, 3, H, W], state [B, D], "task": list of str
-) -> torch.Tensor:      # [B, T, A] physical actions
+    batch: dict,    # raw batch: pictures [B, 3, H, W], state [B, D], "task": list of str
+) -> torch.Tensor:  # [B, T, A] physical actions
     "Raw batch in, physical action chunks out."
-    with torch.no_grad(): return self.postprocessor(self.predict_action_chunk(self.preprocessor(batch)))
+    with torch.no_grad(): return self.postprocessor(self.predict_action_chunk(self.prepare(batch)))
 
 @patch
 def check_observation(self: Policy,
@@ -121,44 +139,48 @@ def check_observation(self: Policy,
     "Name what is missing, turn pictures to channels-first."
     wanted = [*self.config.input_features, TASK]
     missing = [k for k in wanted if k not in observation]
-    if missing: raise UserError(f"The observation lacks {missing[0]!r}: {self.name} was trained with {wanted}, got {sorted(observation)}; rename the keys.")
+    if missing:
+        raise UserError(f"The observation lacks {missing[0]!r}: {self.name} was trained with {wanted}, "
+                        f"got {sorted(observation)}; rename the keys.")
     out = {k: observation[k] if k == TASK else np.asarray(observation[k]) for k in wanted}
     for k in self.cameras:
         x = out[k]
         if x.ndim == 3 and x.shape[0] != 3 and x.shape[-1] == 3: out[k] = np.ascontiguousarray(np.moveaxis(x, -1, 0))
-        elif x.ndim != 3 or x.shape[0] != 3: raise UserError(f"{k!r} has shape {x.shape}: expected [H, W, 3] or [3, H, W].")
+        elif x.ndim != 3 or x.shape[0] != 3:
+            raise UserError(f"{k!r} has shape {x.shape}: expected [H, W, 3] or [3, H, W].")
     if OBS_STATE in out: out[OBS_STATE] = out[OBS_STATE].astype(np.float32)
     return out
 
-# %% ../../nbs/policies/400_base.ipynb #13e873de
+# %% ../../nbs/policies/400_base.ipynb #7376821b
 @patch
 def optim_groups(self: Policy,
-    lr: float,              # peak learning rate
-    weight_decay: float,    # decoupled decay of matrices and kernels
-) -> list:                  # parameter groups, every trainable parameter once
+    lr: float,            # peak learning rate
+    weight_decay: float,  # decoupled decay of matrices and kernels
+) -> list:                # parameter groups, every trainable parameter once
     "Two groups: matrices and kernels with weight decay; norms, biases, embeddings and position vectors without."
     tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
     params = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
     bare = [id(p) in tables or p.ndim < 2 or "position" in n for n, p in params]
-    groups = [dict(params=[p for (_, p), b in zip(params, bare) if b == without], lr=lr, weight_decay=0. if without else weight_decay)
-              for without in (False, True)]
+    groups = [dict(params=[p for (_, p), b in zip(params, bare) if b == without], lr=lr, weight_decay=decay)
+              for without, decay in ((False, weight_decay), (True, 0.))]
     return [g for g in groups if g["params"]]
 
 @patch
 def _repr_markdown_(self: Policy) -> str:
     "Type, size and features as a table."
     c, n = self.config, sum(p.numel() for p in self.parameters())
-    rows = [f"| {k} | {f.type} | {'×'.join(map(str, f.shape))} |" for k, f in {**c.input_features, **c.output_features}.items()]
+    features = {**c.input_features, **c.output_features}
+    rows = [f"| {k} | {f.type} | {'×'.join(map(str, f.shape))} |" for k, f in features.items()]
     head = f"**{self.name}** · {n / 1e6:.2f} M parameters · chunk {c.chunk_size}, executes {c.n_action_steps}"
     return "\n".join([head, "", "| feature | kind | shape |", "|---|---|---|", *rows])
 
-# %% ../../nbs/policies/400_base.ipynb #9ebcd7c3
+# %% ../../nbs/policies/400_base.ipynb #ea8d10d3
 class LanguagePolicy(Policy):
     "A policy that writes tokens behind a prefix; a subclass gives `model`, `tokenizer`, `embed` and `write_actions`."
     has_lm, max_answer_tokens = True, 16    # longest free answer, in tokens
 
-    def embed(self, batch, augment=False): raise NotImplementedError(f"{type(self).__name__} does not define embed.")
-    def write_actions(self, batch): raise NotImplementedError(f"{type(self).__name__} does not define write_actions.")
+    def embed(self, batch, augment=False): raise NotImplementedError(f"{type(self).__name__}: embed")
+    def write_actions(self, batch): raise NotImplementedError(f"{type(self).__name__}: write_actions")
 
     @property
     def num_hidden_states(self) -> int: return len(self.model.language_model.layers) + 1
@@ -167,8 +189,8 @@ class LanguagePolicy(Policy):
     def encode_text(self, text: str) -> list: return self.tokenizer.encode(text)
 
     def loss_terms(self,
-        batch: dict,    # pre-processed, with "suffix.*"
-    ) -> tuple:         # (sum of cross-entropies, number of targets, logs)
+        batch: dict,  # pre-processed, with "suffix.*"
+    ) -> tuple:       # (sum of cross-entropies, number of targets, logs)
         "Next-token cross-entropy over the suffix; pictures are augmented in training mode only."
         ids, keep = self.targets(batch)
         h = self.model.suffix_hidden(self.embed(batch, augment=self.training), ids, batch[SUFFIX_MASK])
@@ -177,20 +199,20 @@ class LanguagePolicy(Policy):
         parts = {"loss_action": ce.detach()[~asked], "loss_question": ce.detach()[asked]}
         return ce.sum(), keep.sum(), {k: v.mean() for k, v in parts.items() if len(v)}
 
-# %% ../../nbs/policies/400_base.ipynb #a81fdc32
+# %% ../../nbs/policies/400_base.ipynb #8178b5cb
 @patch
 def targets(self: LanguagePolicy,
-    batch: dict,        # pre-processed
-) -> tuple:             # (ids [B, S], loss mask [B, S])
+    batch: dict,  # pre-processed
+) -> tuple:       # (ids [B, S], loss mask [B, S])
     "The suffix a batch is trained on."
     if SUFFIX_TOKENS not in batch:
-        raise UserError(f"The batch has no targets ({SUFFIX_TOKENS!r}): give it {ACTION!r} or 'answer' before the preprocessor.")
+        raise UserError(f"The batch has no targets ({SUFFIX_TOKENS!r}): put {ACTION!r} or 'answer' into the raw batch.")
     return batch[SUFFIX_TOKENS], batch[SUFFIX_LOSS]
 
 @patch
 def token_logits(self: LanguagePolicy,
-    batch: dict,        # pre-processed, with "suffix.*"
-) -> tuple:             # (logits [B, S, V] float32, targets [B, S], mask [B, S])
+    batch: dict,  # pre-processed, with "suffix.*"
+) -> tuple:       # (logits [B, S, V] float32, targets [B, S], mask [B, S])
     "Scores of every suffix token; never augmented, so that a teacher's scores can be met exactly."
     ids, keep = self.targets(batch)
     h = self.model.suffix_hidden(self.embed(batch), ids, batch[SUFFIX_MASK])
@@ -198,23 +220,25 @@ def token_logits(self: LanguagePolicy,
 
 @patch
 def features(self: LanguagePolicy,
-    batch: dict,        # pre-processed; a suffix is not read
-    layer: int = -1,    # hidden state, numbered as in transformers: 0 embeddings … −1 after the final norm
-) -> tuple:             # (h [B, L, D] float32, {"image": bool [B, L], "valid": bool [B, L], "last": int64 [B]})
+    batch: dict,      # pre-processed; a suffix is not read
+    layer: int = -1,  # hidden state, numbered as in transformers: 0 embeddings … −1 after the final norm
+) -> tuple:           # (h [B, L, D] float32, {"image": bool [B, L], "valid": bool [B, L], "last": int64 [B]})
     "A hidden state of the prefix (pictures, state, words) and the masks to pool it with; never augmented."
     prefix = self.embed(batch)
     layer = resolve_layer(layer, self.num_hidden_states)
     return self.model.hidden(prefix, layer).float(), {"image": prefix.image, "valid": prefix.valid, "last": prefix.last}
 
-# %% ../../nbs/policies/400_base.ipynb #7376821b
+# %% ../../nbs/policies/400_base.ipynb #201633fc
 @patch
 def score_choices(self: LanguagePolicy,
-    batch: dict,            # pre-processed questions, B rows
-    choices: list,          # per question: list of choices, each a list of token ids
-) -> list:                  # per question, per choice: float32 array of log-probabilities, one per token
+    batch: dict,    # pre-processed questions, B rows
+    choices: list,  # per question: list of choices, each a list of token ids
+) -> list:          # per question, per choice: float32 array of log-probabilities, one per token
     "Log-probability of every token of every choice, given its question and the choice's earlier tokens."
-    if len(choices) != len(batch[LANG_TOKENS]): raise UserError(f"{len(choices)} lists of choices for {len(batch[LANG_TOKENS])} questions: give one per question.")
-    if not all(c for row in choices for c in row): raise UserError("A choice has no tokens: give every choice at least one.")
+    if len(choices) != len(batch[LANG_TOKENS]):
+        raise UserError(f"{len(choices)} lists of choices for {len(batch[LANG_TOKENS])} questions: give one for each.")
+    if not all(c for row in choices for c in row):
+        raise UserError("A choice has no tokens: give every choice at least one.")
     shape = (len(choices), max(map(len, choices)), max(len(c) for row in choices for c in row))
     ids, ok = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(choices):
@@ -222,18 +246,18 @@ def score_choices(self: LanguagePolicy,
     ids, ok = ids.to(self.device), ok.to(self.device)
     with torch.no_grad():
         h = self.model.choice_hidden(self.embed(batch), ids, ok)[ok]
-        logp = self.model.language_model.logits(h).float().log_softmax(-1).gather(1, ids[ok][:, None])[:, 0].cpu().numpy()
-    parts = iter(np.split(logp, np.cumsum([len(c) for row in choices for c in row])[:-1]))
+        logp = self.model.language_model.logits(h).float().log_softmax(-1).gather(1, ids[ok][:, None])[:, 0]
+    parts = iter(np.split(logp.cpu().numpy(), np.cumsum([len(c) for row in choices for c in row])[:-1]))
     return [[next(parts) for _ in row] for row in choices]
 
-# %% ../../nbs/policies/400_base.ipynb #ea8d10d3
+# %% ../../nbs/policies/400_base.ipynb #79ce5da7
 @patch
 def greedy(self: LanguagePolicy,
-    prefix,                 # Prefix of B rows
-    forced: list,           # ids every row begins with; [] for none
-    choose,                 # (h [n, D], rows [n]) → (ids [n], done [n] bool); rows are numbers in the original batch
-    limit: int,             # tokens to choose at most
-) -> list:                  # B lists of ids, the forced ones included
+    prefix,        # Prefix of B rows
+    forced: list,  # ids every row begins with; [] for none
+    choose,        # (h [n, D], rows [n]) → (ids [n], done [n] bool); rows are numbers in the original batch
+    limit: int,    # tokens to choose at most
+) -> list:         # B lists of ids, the forced ones included
     "Decode all rows together with a KV cache."
     b = len(prefix.x)
     first = torch.tensor([forced] * b, device=prefix.x.device) if forced else None
@@ -250,11 +274,11 @@ def greedy(self: LanguagePolicy,
         h = self.model.step(at, ids)
     return out
 
-# %% ../../nbs/policies/400_base.ipynb #8178b5cb
+# %% ../../nbs/policies/400_base.ipynb #9993e339
 @patch
 def write_answers(self: LanguagePolicy,
-    batch: dict,            # pre-processed questions
-) -> list:                  # per row: list of ids, closed by the end token unless the limit came first
+    batch: dict,  # pre-processed questions
+) -> list:        # per row: list of ids, closed by the end token unless the limit came first
     "Greedy free text."
     def choose(h, rows):
         ids = self.model.language_model.logits(h).argmax(-1)
@@ -263,8 +287,8 @@ def write_answers(self: LanguagePolicy,
 
 @patch
 def teacher_tokens(self: LanguagePolicy,
-    batch: dict,            # pre-processed; a suffix is not read
-) -> tuple:                 # (ids [B, S] int64, right-padded; mask [B, S] bool)
+    batch: dict,  # pre-processed; a suffix is not read
+) -> tuple:       # (ids [B, S] int64, right-padded; mask [B, S] bool)
     "Greedy suffix of every row: constrained action tokens, or free text for questions; end token kept."
     out, asked = [None] * len(batch[QUESTION]), batch[QUESTION]
     with torch.no_grad():
@@ -274,11 +298,11 @@ def teacher_tokens(self: LanguagePolicy,
             for r, ids in zip(rows.tolist(), write(part)): out[r] = ids
     return pad_rows(out, self.tokenizer.pad_id, self.device)
 
-# %% ../../nbs/policies/400_base.ipynb #0bd8d960
+# %% ../../nbs/policies/400_base.ipynb #7420bf4f
 def widen(
-    batch: dict,    # pre-processed
-    columns: int,   # columns of padding to add
-) -> dict:          # the same batch with wider text tensors
+    batch: dict,   # pre-processed
+    columns: int,  # columns of padding to add
+) -> dict:         # the same batch with wider text tensors
     "Add padding columns to the prefix and suffix of a batch."
     keys = (LANG_TOKENS, LANG_MASK, SUFFIX_TOKENS, SUFFIX_MASK, SUFFIX_LOSS)
     return {k: F.pad(v, (0, columns)) if k in keys else v for k, v in batch.items()}
@@ -286,11 +310,11 @@ def widen(
 def first_row(batch: dict) -> dict: return {k: v[:1] for k, v in batch.items()}  # a batch of one
 
 def train_on_one_batch(
-    policy: Policy,     # not changed
-    batch: dict,        # pre-processed, with targets
-    steps: int = 30,    # optimizer steps
-    lr: float = 3e-3,   # learning rate
-) -> tuple:             # loss before, loss after
+    policy: Policy,    # not changed
+    batch: dict,       # pre-processed, with targets
+    steps: int = 30,   # optimizer steps
+    lr: float = 3e-3,  # learning rate
+) -> tuple:            # loss before, loss after
     "Fit a copy of the policy to one batch."
     torch.manual_seed(0)
     model = copy.deepcopy(policy).train()
@@ -302,23 +326,25 @@ def train_on_one_batch(
         losses.append(loss.item())
     return losses[0], losses[-1]
 
-# %% ../../nbs/policies/400_base.ipynb #ef052e40
+# %% ../../nbs/policies/400_base.ipynb #748e0628
 def check_saving(
-    policy: Policy,     # in eval mode
-    batch: dict,        # pre-processed
+    policy: Policy,  # in eval mode
+    batch: dict,     # pre-processed
 ):
     "A saved and reloaded policy has the same bits and plans the same chunk."
     with tempfile.TemporaryDirectory() as d:
         policy.save_pretrained(Path(d) / "p")
         other = type(policy).from_pretrained(Path(d) / "p")
     for k, v in policy.state_dict().items(): assert torch.equal(v, other.state_dict()[k]), f"{k} changed by saving"
-    assert torch.equal(policy.predict_action_chunk(batch), other.predict_action_chunk(batch)), "the reloaded policy plans another chunk"
+    same = torch.equal(policy.predict_action_chunk(batch), other.predict_action_chunk(batch))
+    assert same, "the reloaded policy plans another chunk"
 
+# %% ../../nbs/policies/400_base.ipynb #c0f3f1c3
 def check_policy(
-    policy: Policy,         # any policy
-    batch: dict,            # pre-processed, with targets, at least two rows
-    fall: float = 0.8,      # the loss after training on one batch is below this share of the first
-) -> dict:                  # property -> what was found
+    policy: Policy,     # any policy
+    batch: dict,        # pre-processed, with targets, at least two rows
+    fall: float = 0.8,  # the loss after training on one batch is below this share of the first
+) -> dict:              # property -> what was found
     "Conformance check; raises AssertionError naming the property that fails."
     before, after = train_on_one_batch(policy, batch)
     assert after < fall * before, f"loss does not fall on one batch: {before:.3f} → {after:.3f}"
@@ -329,9 +355,11 @@ def check_policy(
     assert torch.allclose(loss, total / count), "loss is not sum / count"
     assert torch.allclose(loss, padded, rtol=1e-4), f"padding changes the loss: {loss.item()} → {padded.item()}"
     shape = (len(chunk), policy.config.chunk_size, policy.action_dim)
-    assert chunk.shape == shape and chunk.dtype == torch.float32, f"chunk is {chunk.dtype} {tuple(chunk.shape)}, not float32 {shape}"
+    assert chunk.shape == shape, f"the chunk is {tuple(chunk.shape)}, not {shape}"
+    assert chunk.dtype == torch.float32, f"the chunk is {chunk.dtype}, not float32"
     assert torch.equal(chunk, again), "the same batch gives another chunk"
     assert torch.allclose(chunk, wide, atol=1e-4), "padding changes the chunk"
     assert torch.allclose(chunk[:1], row, atol=1e-4), "a row's chunk depends on its batch"
     check_saving(policy, batch)
-    return {"loss": f"{before:.3f} → {after:.3f}", "chunk": shape, "save/load": "bit-equal", "padding": "no effect", "deterministic": True}
+    return {"loss on one batch": f"{before:.3f} → {after:.3f}", "chunk": shape, "saved and loaded": "bit-equal",
+            "padding": "no effect", "other rows": "no effect", "run twice": "equal"}

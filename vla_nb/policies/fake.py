@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from ..core.types import ACTION, ANSWER, OBS_STATE, TASK, Feature
 from ..networks.paligemma import PaliGemma
 from ..networks.vision import ConvStem
-from .base import LANG_MASK, LANG_TOKENS, QUESTION, SUFFIX_LOSS, SUFFIX_MASK, SUFFIX_TOKENS, LanguagePolicy, PolicyConfig
+from .base import (LANG_MASK, LANG_TOKENS, QUESTION, SUFFIX_LOSS, SUFFIX_MASK, SUFFIX_TOKENS,
+                                  LanguagePolicy, PolicyConfig)
 from .queue import ActionQueue
 from . import store  # gives every policy save_pretrained and from_pretrained
 from ..processors.pipeline import Pipeline, Step, ToBatchStep
@@ -26,10 +27,19 @@ from ..processors.text import pad_rows
 # %% ../../nbs/policies/490_fake.ipynb #42b29c2b
 WORDS, BINS, VOCAB = 40, 16, 60
 
-def word_ids(text: str) -> list: return [4 + zlib.crc32(w.encode()) % WORDS for w in text.lower().split()]  # one id per word
-def to_bins(x: torch.Tensor) -> torch.Tensor: return 44 + ((x.clamp(-1, 1) + 1) / 2 * (BINS - 1)).round().long()  # [-1, 1] → ids
-def from_bins(ids: torch.Tensor) -> torch.Tensor: return (ids - 44).float() / (BINS - 1) * 2 - 1  # ids → [−1, 1]
+def word_ids(text: str) -> list:
+    "One id per word."
+    return [4 + zlib.crc32(w.encode()) % WORDS for w in text.lower().split()]
 
+def to_bins(x: torch.Tensor) -> torch.Tensor:
+    "Values in [−1, 1] to ids."
+    return 44 + ((x.clamp(-1, 1) + 1) / 2 * (BINS - 1)).round().long()
+
+def from_bins(ids: torch.Tensor) -> torch.Tensor:
+    "Ids to values in [−1, 1]."
+    return (ids - 44).float() / (BINS - 1) * 2 - 1
+
+# %% ../../nbs/policies/490_fake.ipynb #cd4b6188
 class FakeTokenizer:
     "Words to checksums."
     pad_id, eos_id = 0, 1
@@ -51,7 +61,7 @@ class FakeTokenStep(Step):
         out[SUFFIX_LOSS] = out[SUFFIX_MASK].clone()
         return out
 
-# %% ../../nbs/policies/490_fake.ipynb #cd4b6188
+# %% ../../nbs/policies/490_fake.ipynb #5c05c209
 def fake_inputs(): return {"observation.images.top": Feature("VISUAL", (3, 32, 32)), OBS_STATE: Feature("STATE", (4,))}
 
 @dataclass(frozen=True)
@@ -64,62 +74,70 @@ class FakeConfig(PolicyConfig):
     width: int = 16             # of the trunk
     depth: int = 2              # blocks
 
+# %% ../../nbs/policies/490_fake.ipynb #be43bb24
 class FakePolicy(LanguagePolicy):
     "A language policy small enough for tests."
     name, config_class, step_classes = "fake", FakeConfig, {"fake_token_processor": FakeTokenStep}
 
     def __init__(self,
-        config: FakeConfig = FakeConfig(),  # sizes and features
-        preprocessor: Pipeline|None = None, # None: batch and tokenise
+        config: FakeConfig = FakeConfig(),   # sizes and features
+        preprocessor: Pipeline|None = None,  # None: batch and tokenise
         postprocessor: Pipeline|None = None,# None: nothing
     ):
         before = preprocessor or Pipeline("policy_preprocessor", [ToBatchStep(), FakeTokenStep()])
-        super().__init__(config, before, postprocessor or Pipeline("policy_postprocessor"), ActionQueue(config.n_action_steps))
+        after = postprocessor or Pipeline("policy_postprocessor")
+        super().__init__(config, before, after, ActionQueue(config.n_action_steps))
         stem = ConvStem(config.width, 32, len(self.cameras), (8, 8, 8))
-        self.model = PaliGemma(stem, vocab_size=VOCAB, width=config.width, depth=config.depth, mlp_dim=2 * config.width, heads=2, kv_heads=1, head_dim=8)
+        sizes = dict(width=config.width, depth=config.depth, mlp_dim=2 * config.width, heads=2, kv_heads=1, head_dim=8)
+        self.model = PaliGemma(stem, vocab_size=VOCAB, **sizes)
         self.tokenizer = FakeTokenizer()
         self.state = torch.nn.Linear(config.input_features[OBS_STATE].shape[0], config.width)
 
     @classmethod
-    def from_data(cls, config=FakeConfig(), texts=(), action_chunks=None, stats=None): return cls(config)  # learns nothing from data
+    def from_data(cls, config=FakeConfig(), texts=(), action_chunks=None, stats=None):
+        "A fresh policy; nothing is learnt from the data."
+        return cls(config)
 
     def embed(self, batch, augment=False):
-        pictures = [F.adaptive_avg_pool2d(batch[k].float() / (255 if batch[k].dtype == torch.uint8 else 1), 32) for k in self.cameras]
+        x = torch.stack([F.adaptive_avg_pool2d(batch[k].float(), 32) for k in self.cameras], 1)
+        if batch[self.cameras[0]].dtype == torch.uint8: x = x / 255
         state = self.state(batch[OBS_STATE]) * ~batch[QUESTION][:, None]
-        return self.model.prefix(torch.stack(pictures, 1) * 2 - 1, state[:, None], batch[LANG_TOKENS], batch[LANG_MASK])
+        return self.model.prefix(x * 2 - 1, state[:, None], batch[LANG_TOKENS], batch[LANG_MASK])
 
-# %% ../../nbs/policies/490_fake.ipynb #5c05c209
+# %% ../../nbs/policies/490_fake.ipynb #422013b2
 @patch
 def write_actions(self: FakePolicy,
-    batch: dict,            # pre-processed
-) -> list:                  # per row: list of ids
+    batch: dict,  # pre-processed
+) -> list:        # per row: list of ids
     "Greedy bins, end token added."
-    def choose(h, rows): return self.model.language_model.logits(h, 44).argmax(-1) + 44, torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    def choose(h, rows):
+        return self.model.language_model.logits(h, 44).argmax(-1) + 44, torch.zeros_like(rows, dtype=torch.bool)
     return [ids + [1] for ids in self.greedy(self.embed(batch), [], choose, self.config.chunk_size * self.action_dim)]
 
 @patch
 def predict_action_chunk(self: FakePolicy,
-    batch: dict,            # pre-processed
-) -> torch.Tensor:          # [B, T, A] in [−1, 1]
+    batch: dict,    # pre-processed
+) -> torch.Tensor:  # [B, T, A] in [−1, 1]
     "The bins as actions."
     part = {**batch, QUESTION: torch.zeros_like(batch[QUESTION])}
     with torch.no_grad(): ids = torch.tensor(self.write_actions(part), device=self.device)[:, :-1]
     return from_bins(ids).unflatten(1, (self.config.chunk_size, self.action_dim))
 
-# %% ../../nbs/policies/490_fake.ipynb #be43bb24
+# %% ../../nbs/policies/490_fake.ipynb #e44c3b18
 def fake_batch(
-    n: int = 4,             # rows
-    seed: int = 0,          # of the random content
-    questions: int|None = None, # rows that are questions, the last ones; None: half
-    config: FakeConfig = FakeConfig(), # cameras and widths
-) -> dict:                  # raw batch in LeRobot's keys
+    n: int = 4,                         # rows
+    seed: int = 0,                      # of the random content
+    questions: int|None = None,         # rows that are questions, the last ones; None: half
+    config: FakeConfig = FakeConfig(),  # cameras and widths
+) -> dict:                              # raw batch in LeRobot's keys
     "A raw batch of random pictures, with an answer that depends on the state's sign."
     g, asked = torch.Generator().manual_seed(seed), n // 2 if questions is None else questions
     cameras = [k for k, f in config.input_features.items() if f.type == "VISUAL"]
     state = torch.randn(n, config.input_features[OBS_STATE].shape[0], generator=g)
-    action = torch.tanh(state[:, None, :1]).expand(n, config.chunk_size, config.output_features[ACTION].shape[0]).contiguous()
-    kinds = [i >= n - asked for i in range(n)]
-    return {**{k: torch.rand(n, 3, 32, 32, generator=g) for k in cameras}, OBS_STATE: state, ACTION: action,
+    action = torch.tanh(state[:, None, :1]).expand(n, config.chunk_size, config.output_features[ACTION].shape[0])
+    kinds, tasks = [i >= n - asked for i in range(n)], ("open the drawer now", "push the button")
+    pictures = {k: torch.rand(n, 3, 32, 32, generator=g) for k in cameras}
+    return {**pictures, OBS_STATE: state, ACTION: action.contiguous(),
             "action_is_pad": torch.zeros(n, config.chunk_size, dtype=torch.bool),
-            TASK: ["Is the hand on the left ?" if q else "push the button" if i % 2 else "open the drawer now" for i, q in enumerate(kinds)],
+            TASK: ["Is the hand on the left ?" if q else tasks[i % 2] for i, q in enumerate(kinds)],
             ANSWER: [("yes" if state[i, 0] > 0 else "no") if q else None for i, q in enumerate(kinds)]}

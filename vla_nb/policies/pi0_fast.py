@@ -58,15 +58,17 @@ class Pi0FastConfig(PolicyConfig):
 @patch
 def __post_init__(self: Pi0FastConfig):
     PolicyConfig.__post_init__(self)
-    for name, known in (("state_in", ("prompt", "token")), ("vision", ("siglip", "conv")), ("image_resize", ("pad", "area"))):
-        if getattr(self, name) not in known: raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}.")
+    choices = {"state_in": ("prompt", "token"), "vision": ("siglip", "conv"), "image_resize": ("pad", "area")}
+    for name, known in choices.items():
+        if getattr(self, name) not in known:
+            raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}.")
     kinds = [f.type for f in self.input_features.values()]
     if "VISUAL" not in kinds: raise UserError("pi0_fast needs at least one picture (kind VISUAL) in input_features.")
     if OBS_STATE not in self.input_features: raise UserError(f"pi0_fast needs {OBS_STATE!r} in input_features.")
 
 def split_features(
-    features: dict|None,    # key → Feature of a dataset, as from `features_from_dataset`; None: two cameras, state 4, action 4
-) -> dict:                  # {"input_features", "output_features"}
+    features: dict|None,  # key → Feature, as from `features_from_dataset`; None: two cameras, state 4, action 4
+) -> dict:                # {"input_features", "output_features"}
     "What a policy reads and what it puts out."
     if features is None:
         features = {f"observation.images.{c}": Feature("VISUAL", (3, 96, 96)) for c in ("corner", "top")}
@@ -74,23 +76,24 @@ def split_features(
     read = {k: f for k, f in features.items() if f.type == "VISUAL" or k == OBS_STATE}
     return {"input_features": read, "output_features": {k: f for k, f in features.items() if k == ACTION}}
 
+# %% ../../nbs/policies/430_pi0_fast.ipynb #e8e150e6
 @patch(cls_method=True)
 def published(cls: Pi0FastConfig,
-    features: dict|None = None, # of a dataset
-    **overrides,                # any field
+    features: dict|None = None,  # of a dataset
+    **overrides,                 # any field
 ):                              # PaliGemma 3B with So400m/14 at 224 px
     "The geometry of the released weights."
     return cls(**{**split_features(features), **overrides})
 
 @patch(cls_method=True)
 def tiny(cls: Pi0FastConfig,
-    features: dict|None = None, # of a dataset
-    **overrides,                # any field
+    features: dict|None = None,  # of a dataset
+    **overrides,                 # any field
 ):                              # about 1 M parameters
     "A policy to train from scratch on two CPU cores."
     sizes = dict(chunk_size=8, n_action_steps=8, vocab_size=0, fast_skip_tokens=0, fast_vocab_size=256, fast_scale=6.0,
-                 state_in="token", width=128, depth=4, mlp_dim=320, num_heads=4, num_kv_heads=4, head_dim=32, vision="conv",
-                 image_size=64, image_resize="area", random_shift=3,
+                 state_in="token", width=128, depth=4, mlp_dim=320, num_heads=4, num_kv_heads=4, head_dim=32,
+                 vision="conv", image_size=64, image_resize="area", random_shift=3,
                  normalization_mapping={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MIN_MAX"})
     return cls(**{**split_features(features), **sizes, **overrides})
 
@@ -105,52 +108,57 @@ def make_network(
     return PaliGemma(tower, vocab_size=c.vocab_size, width=c.width, depth=c.depth, mlp_dim=c.mlp_dim,
                      heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
 
-# %% ../../nbs/policies/430_pi0_fast.ipynb #2f2f35be
+# %% ../../nbs/policies/430_pi0_fast.ipynb #cbd3b432
 class Pi0FastPolicy(LanguagePolicy):
     "Autoregressive vision-language-action policy with FAST action tokens (arXiv 2501.09747)."
     name, config_class = "pi0_fast", Pi0FastConfig
 
     def __init__(self,
-        config: Pi0FastConfig,      # sizes and features
-        preprocessor: Pipeline,     # with a Pi0FastTokenizerStep
-        postprocessor: Pipeline,    # normalised → physical actions
+        config: Pi0FastConfig,    # sizes and features
+        preprocessor: Pipeline,   # with a Pi0FastTokenizerStep
+        postprocessor: Pipeline,  # normalised → physical actions
     ):
         super().__init__(config, preprocessor, postprocessor, ActionQueue(config.n_action_steps))
         self.text = preprocessor[Pi0FastTokenizerStep.registry_name]
         self.tokenizer, self.codec = self.text.tokenizer, self.text.codec
         found, wanted = (self.codec.horizon, self.codec.dims), (config.chunk_size, self.action_dim)
-        if found != wanted: raise UserError(f"The action codec was fitted on chunks of {found[0]} × {found[1]}, the policy plans {wanted[0]} × {wanted[1]}: fit a new one.")
+        if found != wanted:
+            raise UserError(f"The action codec was fitted on chunks of {found[0]} × {found[1]}, "
+                            f"the policy plans {wanted[0]} × {wanted[1]}: fit a new one.")
         self.model = make_network(config)
-        if config.state_in == "token": self.state_proj = nn.Linear(config.input_features[OBS_STATE].shape[0], config.width)
+        if config.state_in == "token":
+            self.state_proj = nn.Linear(config.input_features[OBS_STATE].shape[0], config.width)
         lengths = torch.tensor(self.codec.lengths[::-1].copy())     # FAST id i is model id `last − i`: reversed
         self.register_buffer("fast_lengths", lengths, persistent=False)
         self.fast_first = self.text.fast_to_token(len(lengths) - 1)
 
-# %% ../../nbs/policies/430_pi0_fast.ipynb #cbd3b432
+# %% ../../nbs/policies/430_pi0_fast.ipynb #dfc20903
 @patch(cls_method=True)
 def from_data(cls: Pi0FastPolicy,
-    config: Pi0FastConfig,      # vocab_size 0 is filled in
-    texts,                      # all instructions, questions, answers and choices
-    action_chunks,              # [N, T, A] physical actions
-    stats,                      # core.stats.Stats of state and actions
-    tokenizer = None,           # None: a WordTokenizer fitted on `texts`
-    codec = None,               # None: a FastCodec fitted on `action_chunks`
+    config: Pi0FastConfig,  # vocab_size 0 is filled in
+    texts,                  # all instructions, questions, answers and choices
+    action_chunks,          # [N, T, A] physical actions
+    stats,                  # core.stats.Stats of state and actions
+    tokenizer = None,       # None: a WordTokenizer fitted on `texts`
+    codec = None,           # None: a FastCodec fitted on `action_chunks`
 ):                              # freshly initialised policy
     "Fit tokenizer and codec, build pipelines and network."
     features = {**config.input_features, **config.output_features}
     scale = NormalizerStep(features, config.normalization_mapping, stats)
     if tokenizer is None:
         words = [action_prefix(t) for t in texts]
-        extra = ("Task: , State: ; Action: | Answer:", *(map(str, range(-1, 256)) if config.state_in == "prompt" else ()))
-        tokenizer = WordTokenizer.fit([*texts, *words], extra)
+        bins = map(str, range(-1, 256)) if config.state_in == "prompt" else ()
+        tokenizer = WordTokenizer.fit([*texts, *words], ("Task: , State: ; Action: | Answer:", *bins))
     if codec is None:
         normal = scale({ACTION: torch.as_tensor(action_chunks, dtype=torch.float32)})[ACTION]
         codec = FastCodec.fit(normal.numpy(), config.fast_scale, config.fast_vocab_size)
-    if config.vocab_size == 0: config = replace(config, vocab_size=len(tokenizer) + codec.vocab_size + config.fast_skip_tokens)
+    if config.vocab_size == 0:
+        config = replace(config, vocab_size=len(tokenizer) + codec.vocab_size + config.fast_skip_tokens)
     steps = [RenameStep(), ToBatchStep(), scale, Pi0FastTokenizerStep(tokenizer, codec, config), DeviceStep()]
-    return cls(config, Pipeline("policy_preprocessor", steps), Pipeline("policy_postprocessor", [scale.inverse(), DeviceStep()]))
+    after = Pipeline("policy_postprocessor", [scale.inverse(), DeviceStep()])
+    return cls(config, Pipeline("policy_preprocessor", steps), after)
 
-# %% ../../nbs/policies/430_pi0_fast.ipynb #dfc20903
+# %% ../../nbs/policies/430_pi0_fast.ipynb #6a5e7e3a
 @patch
 def pictures(self: Pi0FastPolicy,
     batch: dict,            # pre-processed
@@ -158,7 +166,9 @@ def pictures(self: Pi0FastPolicy,
 ) -> torch.Tensor:          # [B, cameras, 3, S, S] in [−1, 1], dtype of the weights
     "Stack, resize, shift and scale the cameras."
     missing = [k for k in self.cameras if k not in batch]
-    if missing: raise UserError(f"The batch lacks {missing[0]!r}: the policy reads {self.cameras}, the batch has {sorted(batch)}; rename the keys.")
+    if missing:
+        raise UserError(f"The batch lacks {missing[0]!r}: the policy reads {self.cameras}, "
+                        f"the batch has {sorted(batch)}; rename the keys.")
     c, resize = self.config, resize_area if self.config.image_resize == "area" else resize_with_pad
     x = torch.stack([resize(batch[k], c.image_size) for k in self.cameras], 1)
     if augment and c.random_shift: x = random_shift(x.flatten(0, 1), c.random_shift).unflatten(0, x.shape[:2])
@@ -176,35 +186,37 @@ def embed(self: Pi0FastPolicy,
         state = (self.state_proj(batch[OBS_STATE].to(x.dtype)) * ~batch[QUESTION][:, None])[:, None]
     return self.model.prefix(x, state, batch[LANG_TOKENS], batch[LANG_MASK])
 
-# %% ../../nbs/policies/430_pi0_fast.ipynb #e19823e7
+# %% ../../nbs/policies/430_pi0_fast.ipynb #7467a05e
 @patch
 def write_fast(self: Pi0FastPolicy,
-    batch: dict,            # pre-processed
-) -> list:                  # per row: list of model ids between `Action: ` and `|`
+    batch: dict,  # pre-processed
+) -> list:        # per row: list of model ids between `Action: ` and `|`
     "Greedy FAST tokens that fit the chunk."
     head, first, lengths = self.text.action_head, self.fast_first, self.fast_lengths
     left = torch.full((len(batch[LANG_TOKENS]),), self.codec.size, device=self.device)
     limit = min(self.codec.size, self.config.max_action_tokens - len(head) - len(self.text.action_tail) - 1)
     def choose(h, rows):
         fits = (lengths > 0) & (lengths <= left[rows, None])
-        best = self.model.language_model.logits(h, first, first + len(lengths)).masked_fill(~fits, float("-inf")).argmax(-1)
+        scores = self.model.language_model.logits(h, first, first + len(lengths))
+        best = scores.masked_fill(~fits, float("-inf")).argmax(-1)
         left[rows] -= lengths[best]
         return best + first, left[rows] == 0
     return [ids[len(head):] for ids in self.greedy(self.embed(batch), head, choose, limit)]
 
 @patch
 def write_actions(self: Pi0FastPolicy,
-    batch: dict,            # pre-processed
-) -> list:                  # per row: list of ids, `Action: ` … `|` end; a chunk cut by the limit has no end
+    batch: dict,  # pre-processed
+) -> list:        # per row: list of ids, `Action: ` … `|` end; a chunk cut by the limit has no end
     "The whole greedy suffix of action rows."
-    text, out = self.text, self.write_fast(batch)
-    full = [self.codec.coefficients([text.token_to_fast(i) for i in ids]) == self.codec.size for ids in out]
-    return [[*text.action_head, *ids, *([*text.action_tail, self.tokenizer.eos_id] if f else [])] for ids, f in zip(out, full)]
+    text, end = self.text, [*self.text.action_tail, self.tokenizer.eos_id]
+    def full(ids): return self.codec.coefficients([text.token_to_fast(i) for i in ids]) == self.codec.size
+    return [[*text.action_head, *ids, *(end if full(ids) else [])] for ids in self.write_fast(batch)]
 
+# %% ../../nbs/policies/430_pi0_fast.ipynb #a922a627
 @patch
 def predict_action_chunk(self: Pi0FastPolicy,
-    batch: dict,            # pre-processed instructions
-) -> torch.Tensor:          # [B, T, A] normalised actions, float32
+    batch: dict,    # pre-processed instructions
+) -> torch.Tensor:  # [B, T, A] normalised actions, float32
     "Decode a chunk of actions."
     part = {**batch, QUESTION: torch.zeros_like(batch[QUESTION])}
     with torch.no_grad(): ids = self.write_fast(part)

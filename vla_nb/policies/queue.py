@@ -16,7 +16,8 @@ class ActionQueue:
     def __init__(self,
         n_action_steps: int,    # actions of a chunk that are executed
     ):
-        if n_action_steps < 1: raise UserError(f"n_action_steps is {n_action_steps}: execute at least one action per plan.")
+        if n_action_steps < 1:
+            raise UserError(f"n_action_steps is {n_action_steps}: execute at least one action per plan.")
         self.n_action_steps, self.plan, self.at = n_action_steps, None, 0
 
     @property
@@ -28,7 +29,8 @@ class ActionQueue:
         chunk: torch.Tensor,    # [B, T, A]
     ):
         "Replace the plan by the first steps of a new chunk."
-        if chunk.shape[1] < self.n_action_steps: raise UserError(f"a chunk of {chunk.shape[1]} actions cannot give n_action_steps={self.n_action_steps}.")
+        if chunk.shape[1] < self.n_action_steps:
+            raise UserError(f"a chunk of {chunk.shape[1]} actions cannot give n_action_steps={self.n_action_steps}.")
         self.plan, self.at = chunk[:, :self.n_action_steps], 0
 
     def pop(self) -> torch.Tensor: # [B, A]

@@ -38,8 +38,8 @@ def save_pretrained(self: Policy,
 
 # %% ../../nbs/policies/410_store.ipynb #f87e7628
 def read_config(
-    folder: Path,       # policy folder
-) -> tuple:             # (policy type, its values)
+    folder: Path,  # policy folder
+) -> tuple:        # (policy type, its values)
     "Read config.json and check that the type is known here."
     values = load_json(require(folder, CONFIG))
     kind = values.pop("type", None)
@@ -47,31 +47,38 @@ def read_config(
     return kind, values
 
 def require(
-    folder: Path,       # policy folder
-    name: str,          # file in it
-) -> Path:              # its path
+    folder: Path,  # policy folder
+    name: str,     # file in it
+) -> Path:         # its path
     "Path of a file that must exist."
     if not folder.is_dir(): raise UserError(f"Policy folder not found: {folder}.")
     path = folder / name
-    if not path.is_file(): raise UserError(f"{folder} is not a complete policy folder: {name} is missing (found {sorted(p.name for p in folder.iterdir())[:8]}).")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a complete policy folder: {name} is missing; copy the whole folder again.")
     return path
 
+# %% ../../nbs/policies/410_store.ipynb #533159f2
 def load_weights(
-    module: torch.nn.Module,    # policy to fill
-    path: Path,                 # safetensors file
+    module: torch.nn.Module,  # policy to fill
+    path: Path,               # safetensors file
 ):
     "Load weights strictly; refuse broken files, missing or unexpected tensors, wrong shapes and NaN."
     try: state = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as e: raise UserError(f"{path} cannot be read ({e}): it is truncated or damaged; copy or save it again.") from e
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} cannot be read ({e}): it is truncated or damaged; copy or save it again.") from e
     own = module.state_dict()
     for what, names in (("lacks", own.keys() - state.keys()), ("has unexpected", state.keys() - own.keys())):
-        if names: raise UserError(f"{path} {what} {len(names)} tensors, the first is {min(names)!r}: it belongs to another configuration or version.")
+        if names:
+            raise UserError(f"{path} {what} {len(names)} tensors, the first is {min(names)!r}: "
+                            "it belongs to another configuration or version.")
     for k, v in state.items():
-        if v.shape != own[k].shape: raise UserError(f"{path}: {k!r} has shape {tuple(v.shape)}, the configuration wants {tuple(own[k].shape)}.")
-        if v.is_floating_point() and not v.isfinite().all(): raise UserError(f"{path}: {k!r} contains NaN or infinity: the training run that wrote it diverged.")
+        if v.shape != own[k].shape:
+            raise UserError(f"{path}: {k!r} has shape {tuple(v.shape)}, the configuration wants {tuple(own[k].shape)}.")
+        if v.is_floating_point() and not v.isfinite().all():
+            raise UserError(f"{path}: {k!r} contains NaN or infinity: the training run that wrote it diverged.")
     module.load_state_dict(state)
 
-# %% ../../nbs/policies/410_store.ipynb #533159f2
+# %% ../../nbs/policies/410_store.ipynb #3d782ad9
 @patch(cls_method=True)
 def from_pretrained(cls: Policy,
     path,               # policy folder
@@ -80,7 +87,8 @@ def from_pretrained(cls: Policy,
     "Read a policy of this class."
     folder = Path(path)
     kind, values = read_config(folder)
-    if kind != cls.name: raise UserError(f"{folder} holds a {kind!r} policy, not {cls.name!r}: load it with load_policy.")
+    if kind != cls.name:
+        raise UserError(f"{folder} holds a {kind!r} policy, not {cls.name!r}: load it with load_policy.")
     config = from_dict(cls.config_class, values, where=str(folder / CONFIG))
     names = ("policy_preprocessor", "policy_postprocessor")
     for name in names: require(folder, f"{name}.json")
@@ -89,23 +97,24 @@ def from_pretrained(cls: Policy,
     policy.preprocessor.to(device)
     return policy.to(device).eval()
 
-# %% ../../nbs/policies/410_store.ipynb #3d782ad9
+# %% ../../nbs/policies/410_store.ipynb #a664c32c
 def policy_folder(
-    path,               # policy folder, checkpoint folder or run folder
-) -> Path:              # the folder with config.json
+    path,   # policy folder, checkpoint folder or run folder
+) -> Path:  # the folder with config.json
     "Find the policy a path means."
     path = Path(path)
     inside = [path, path / "pretrained_model", path / "checkpoints" / "last" / "pretrained_model"]
     return next((p for p in inside if (p / CONFIG).is_file()), path)
 
 def policy_class(
-    kind: str,          # policy type, a key of POLICIES
-) -> type:              # its class
+    kind: str,  # policy type, a key of POLICIES
+) -> type:      # its class
     "Import the class of a policy type."
     if kind not in POLICIES: raise unknown_key(kind, POLICIES, "the policy types")
     module, name = POLICIES[kind].split(":")
     return getattr(importlib.import_module(module), name)
 
+# %% ../../nbs/policies/410_store.ipynb #b32470aa
 def load_policy(
     path,               # policy folder, or run folder (its last checkpoint)
     device: str = "cpu",# where the policy runs
@@ -115,10 +124,10 @@ def load_policy(
     return policy_class(read_config(folder)[0]).from_pretrained(folder, device)
 
 def make_policy(
-    kind: str,          # policy type
-    config,             # its configuration, or a dict of values
-    **data,             # what `from_data` of the class wants: texts, action_chunks, stats
-) -> Policy:            # freshly initialised
+    kind: str,  # policy type
+    config,     # its configuration, or a dict of values
+    **data,     # what `from_data` of the class wants: texts, action_chunks, stats
+) -> Policy:    # freshly initialised
     "Build a new policy from data."
     cls = policy_class(kind)
     return cls.from_data(from_dict(cls.config_class, config, where=f"policy {kind}"), **data)

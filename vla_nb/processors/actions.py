@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.files import atomic_write, read_json, write_json
 from ..core.types import UserError
@@ -88,12 +89,13 @@ def _strings(codes, min_token, max_token):
     codes = np.clip(codes, min_token, max_token) - min_token
     return ["".join(map(chr, row)) for row in codes.tolist()]
 
-@classmethod
-def _fit(cls, chunks,        # [N, T, D] normalised action chunks
-         scale=10.0,         # detail kept; 10 published
-         vocab_size=2048,    # ids to use at most; 2048 published
-         bound=1.0,          # chunks within ±bound are never clamped
-         ):
+@patch(cls_method=True)
+def fit(cls: FastCodec,
+    chunks,                  # [N, T, D] normalised action chunks
+    scale: float = 10.0,     # detail kept; 10 published
+    vocab_size: int = 2048,  # ids to use at most; 2048 published
+    bound: float = 1.0,      # chunks within ±bound are never clamped
+):                           # FastCodec
     "Learn the token merges from data; the same data always gives the same codec."
     from tokenizers import Tokenizer, models, trainers
     chunks = np.asarray(chunks, dtype=np.float64)
@@ -114,11 +116,11 @@ def _fit(cls, chunks,        # [N, T, D] normalised action chunks
     tokenizer.train_from_iterator(_strings(codes, low, high), trainer=trainer)
     return cls(scale, vocab_size, horizon, dims, low, tokenizer)
 
-FastCodec.fit = _fit
-
 # %% ../../nbs/processors/220_actions.ipynb #ab04feba
-def _encode(self, chunk,  # [T, D] or [B, T, D] normalised actions, tensor or array
-            ):            # list of B lists of ids
+@patch
+def encode(self: FastCodec,
+    chunk,  # [T, D] or [B, T, D] normalised actions, tensor or array
+) -> list:  # B lists of ids
     "Action chunks to token ids."
     x = chunk.detach().cpu().numpy() if torch.is_tensor(chunk) else np.asarray(chunk)
     x = x[None] if x.ndim == 2 else x
@@ -131,10 +133,11 @@ def _encode(self, chunk,  # [T, D] or [B, T, D] normalised actions, tensor or ar
     texts = _strings(codes, self.min_token, self.max_token)
     return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-FastCodec.encode = _encode
-
 # %% ../../nbs/processors/220_actions.ipynb #fcee5d34
-def _coefficients_of(self, ids):
+@patch
+def spell(self: FastCodec,
+    ids: list,  # ids of one chunk
+) -> list:      # integers before scaling back
     "Integers spelled by ids, up to the first id that spells nothing or breaks a character."
     data = bytearray()
     for i in ids:
@@ -144,42 +147,48 @@ def _coefficients_of(self, ids):
     except UnicodeDecodeError as e: text = data[:e.start].decode()
     return [ord(c) + self.min_token for c in text]
 
-def _decode_with_count(self, ids,  # list of B lists of ids
-                       ):          # (float32 tensor [B, T, D], list of B coefficient counts before cutting)
+@patch
+def decode_with_count(self: FastCodec,
+    ids,    # B lists of ids
+) -> tuple: # (float32 tensor [B, T, D], list of B coefficient counts before cutting)
     "Token ids to action chunks, and how many coefficients each sequence spelled."
     flat, counts = np.zeros((len(ids), self.size)), []
     for row, one in zip(flat, ids):
-        c = self._coefficients_of([int(i) for i in one])
+        c = self.spell([int(i) for i in one])
         row[:min(len(c), self.size)] = c[:self.size]
         counts.append(len(c))
     x = self._dct.T @ flat.reshape(-1, self.horizon, self.dims) / self.scale
     return torch.from_numpy(x).float(), counts
 
-def _decode(self, ids,  # list of B lists of ids
-            ):          # float32 tensor [B, T, D]
+@patch
+def decode(self: FastCodec,
+    ids,           # B lists of ids
+) -> torch.Tensor: # float32 [B, T, D]
     "Token ids to action chunks; a malformed tail keeps the decoded prefix."
     return self.decode_with_count(ids)[0]
 
-def _coefficients(self, ids,  # iterable of ids
-                  ) -> int:   # how many of the T·D coefficients they stand for
+@patch
+def coefficients(self: FastCodec,
+    ids,   # list of ids
+) -> int:  # how many of the T·D coefficients they stand for
     "Count coefficients, for constrained decoding."
     return int(self.lengths[list(ids)].sum()) if len(ids) else 0
-
-FastCodec._coefficients_of, FastCodec.decode_with_count = _coefficients_of, _decode_with_count
-FastCodec.decode, FastCodec.coefficients = _decode, _coefficients
 
 # %% ../../nbs/processors/220_actions.ipynb #cd35033e
 _FIELDS = ("scale", "vocab_size", "horizon", "dims", "min_token")
 
-def _save(self, folder,  # destination, made when missing
-          ):
+@patch
+def save(self: FastCodec,
+    folder,  # destination, made when missing
+):
     "Write tokenizer.json and codec.json."
     with atomic_write(Path(folder) / "tokenizer.json", "w") as f: f.write(self.tokenizer.to_str())
     write_json(Path(folder) / "codec.json", {k: getattr(self, k) for k in _FIELDS})
 
-@classmethod
-def _load(cls, folder,  # folder written by `save`
-          ):
+@patch(cls_method=True)
+def load(cls: FastCodec,
+    folder,  # folder written by `save`
+):           # FastCodec
     "Read a codec."
     from tokenizers import Tokenizer
     folder = Path(folder)
@@ -189,8 +198,6 @@ def _load(cls, folder,  # folder written by `save`
     try: tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except Exception as e: raise UserError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer ({e}).") from e
     return cls(**{k: values[k] for k in _FIELDS}, tokenizer=tokenizer)
-
-FastCodec.save, FastCodec.load = _save, _load
 
 # %% ../../nbs/processors/220_actions.ipynb #12b27650
 _EDGES = torch.linspace(-1, 1, 257, dtype=torch.float64)[:-1]

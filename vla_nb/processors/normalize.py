@@ -8,6 +8,7 @@ __all__ = ['MODES', 'normalize', 'unnormalize', 'as_features', 'NormalizerStep',
 # %% ../../nbs/processors/210_normalize.ipynb #c75bd152
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.types import KINDS, Feature, UserError
 from .pipeline import Step
@@ -87,8 +88,10 @@ class _StatsStep(Step):
         return self
 
 # %% ../../nbs/processors/210_normalize.ipynb #bd8854ef
-def _set_stats(self, stats,  # key -> {statistic: array}; other features' statistics are left out
-               ):
+@patch
+def set_stats(self: _StatsStep,
+    stats,  # key -> {statistic: array}; other features' statistics are left out
+):
     "Take statistics for the features of this step and check their sizes."
     self.stats = {}
     for key, ft in self.features.items():
@@ -103,17 +106,24 @@ def _set_stats(self, stats,  # key -> {statistic: array}; other features' statis
                                 "they belong to another dataset; compute them again or pass the right ones.")
         self.stats[key] = values
 
-def _mode(self, key):
+@patch
+def mode_of(self: _StatsStep,
+    key: str,  # feature
+) -> str:      # a key of `MODES`
     "Mode of a feature."
     ft, keys = self.features[key], self.normalize_observation_keys
     if keys is not None and key.startswith("observation.") and key not in keys: return "IDENTITY"
     return self.norm_map.get(ft.type, "IDENTITY")
 
-def _apply(self, batch, formula):
+@patch
+def apply(self: _StatsStep,
+    batch: dict,  # raw or normalised batch
+    formula,      # `normalize` or `unnormalize`
+) -> dict:        # new batch
     "Apply a formula to every feature the batch carries."
     out = dict(batch)
     for key in self.features:
-        mode = self._mode(key)
+        mode = self.mode_of(key)
         if key not in batch or mode == "IDENTITY": continue
         x, have = batch[key], self.stats.get(key)
         missing = [n for n in MODES[mode] if n not in (have or {})]
@@ -125,14 +135,12 @@ def _apply(self, batch, formula):
         out[key] = formula(x, a, b, mode, self.eps)
     return out
 
-_StatsStep.set_stats, _StatsStep._mode, _StatsStep._apply = _set_stats, _mode, _apply
-
 # %% ../../nbs/processors/210_normalize.ipynb #912ea42b
 class NormalizerStep(_StatsStep):
     "Physical units → common scale."
     registry_name = "normalizer_processor"
 
-    def __call__(self, batch): return self._apply(batch, normalize)
+    def __call__(self, batch): return self.apply(batch, normalize)
 
     def inverse(self):
         "The step that undoes the scaling of actions (what a policy puts out)."
@@ -143,7 +151,7 @@ class UnnormalizerStep(_StatsStep):
     "Common scale → physical units."
     registry_name = "unnormalizer_processor"
 
-    def __call__(self, batch): return self._apply(batch, unnormalize)
+    def __call__(self, batch): return self.apply(batch, unnormalize)
 
     def inverse(self):
         "The step that scales again."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from fastcore.basics import patch
 
 from ..core.files import atomic_write, read_json, write_json
 from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, TASK, Feature, UserError
@@ -184,8 +185,10 @@ class Pipeline:
         for step in self.steps: step.reset()
 
 # %% ../../nbs/processors/200_pipeline.ipynb #03d892f3
-def _save(self, folder,  # destination, made when missing
-          ):
+@patch
+def save(self: Pipeline,
+    folder,  # destination, made when missing
+):
     "Write the pipeline; every file is whole or absent."
     folder, rows = Path(folder), []
     for i, step in enumerate(self.steps):
@@ -199,8 +202,6 @@ def _save(self, folder,  # destination, made when missing
         if artifacts: row["artifacts"] = artifacts
         rows.append(row)
     write_json(folder / f"{self.name}.json", {"name": self.name, "steps": rows})
-
-Pipeline.save = _save
 
 # %% ../../nbs/processors/200_pipeline.ipynb #fabfa41d
 def _load_state(folder, row, step, override):
@@ -223,12 +224,13 @@ def _load_step(folder, file, row, overrides, classes):
     return step, {name, cls.__name__}
 
 # %% ../../nbs/processors/200_pipeline.ipynb #450ba89e
-@classmethod
-def _load(cls, folder,       # folder that holds `<name>.json`
-          name,              # "policy_preprocessor" or "policy_postprocessor"
-          overrides=None,    # step name (or class name) -> replaced constructor arguments
-          classes=None,      # saved name -> class, for steps that are not in `STEPS`
-          ):
+@patch(cls_method=True)
+def load(cls: Pipeline,
+    folder,          # folder that holds `<name>.json`
+    name,            # "policy_preprocessor" or "policy_postprocessor"
+    overrides=None,  # step name (or class name) -> replaced constructor arguments
+    classes=None,    # saved name -> class, for steps that are not in `STEPS`
+):                   # Pipeline
     "Read a pipeline; an override that matches no step is an error."
     folder, overrides = Path(folder), dict(overrides or {})
     file = folder / f"{name}.json"
@@ -245,5 +247,3 @@ def _load(cls, folder,       # folder that holds `<name>.json`
         known = [r.get("registry_name") or r.get("class") for r in saved["steps"]]
         raise UserError(f"{file}: override {unused[0]!r} matches no step; the steps are {known}.")
     return cls(saved.get("name", name), steps)
-
-Pipeline.load = _load

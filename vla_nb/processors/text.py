@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from ..core.files import read_json, write_json
 from ..core.types import ACTION, ANSWER, OBS_STATE, TASK, UserError
@@ -61,8 +62,10 @@ class WordTokenizer:
         return [w for w in split_words(text) if w not in self.vocab]
 
 # %% ../../nbs/processors/230_text.ipynb #c7585ad0
-def _decode(self, ids,  # ids in any order
-            ):          # text
+@patch
+def decode(self: WordTokenizer,
+    ids,   # ids in any order
+) -> str:  # text
     "Readable text of ids, without specials."
     names = (*SPECIALS, *self.words)
     out = ""
@@ -74,12 +77,12 @@ def _decode(self, ids,  # ids in any order
         out += word if glued else " " + word
     return out
 
-def _save(self, folder,  # destination, made when missing
-          ):
+@patch
+def save(self: WordTokenizer,
+    folder,  # destination, made when missing
+):
     "Write words.json."
     write_json(Path(folder) / "words.json", {"type": "words", "words": self.words})
-
-WordTokenizer.decode, WordTokenizer.save = _decode, _save
 
 # %% ../../nbs/processors/230_text.ipynb #89af7180
 class HFTokenizer:
@@ -198,8 +201,13 @@ class Pi0FastTokenizerStep(Step):
     token_to_fast = fast_to_token  # the map is its own inverse
 
 # %% ../../nbs/processors/230_text.ipynb #426d83e6
-def _prefixes(self, tasks, questions, batch):
-    "Prefix ids per sample."
+@patch
+def prefixes(self: Pi0FastTokenizerStep,
+    tasks: list,      # B instructions or questions
+    questions: list,  # B booleans
+    batch: dict,      # holds the normalised state, read for state_in="prompt"
+) -> tuple:           # (B texts, B lists of ids)
+    "Prefix per sample."
     bins = None
     if self.prompt.state_in == "prompt" and not all(questions):
         if OBS_STATE not in batch: raise UserError(f"state_in='prompt' needs {OBS_STATE!r} in the batch.")
@@ -213,8 +221,14 @@ def _prefixes(self, tasks, questions, batch):
                             f"{self.prompt.tokenizer_max_length}: shorten it or raise the limit.")
     return texts, rows
 
-def _suffixes(self, texts, questions, answers, batch):
-    "Suffix ids per sample, [] where there is no target."
+@patch
+def suffixes(self: Pi0FastTokenizerStep,
+    texts: list,      # B prefixes
+    questions: list,  # B booleans
+    answers: list,    # B answers or None
+    batch: dict,      # may hold normalised actions
+) -> list:            # B lists of ids, [] where there is no target
+    "Suffix per sample."
     tok, rows = self.tokenizer, [[] for _ in texts]
     moving = [i for i, q in enumerate(questions) if not q] if ACTION in batch else []
     if moving:
@@ -239,10 +253,11 @@ def pad_rows(
     mask = torch.arange(n)[None] < torch.tensor([len(r) for r in rows])[:, None]
     return ids.to(device), mask.to(device)
 
-Pi0FastTokenizerStep._prefixes, Pi0FastTokenizerStep._suffixes = _prefixes, _suffixes
-
 # %% ../../nbs/processors/230_text.ipynb #bade876d
-def _call(self, batch):
+@patch
+def __call__(self: Pi0FastTokenizerStep,
+    batch: dict,  # raw keys, state and action normalised
+) -> dict:        # the same and the ids
     "Add prefix and (where targets exist) suffix ids to a batch."
     tasks = batch.get(TASK)
     if not isinstance(tasks, (list, tuple)):
@@ -250,15 +265,13 @@ def _call(self, batch):
     answers = batch.get(ANSWER) or [None] * len(tasks)
     questions = [a is not None for a in answers]
     device = next((v.device for v in batch.values() if torch.is_tensor(v)), None)
-    texts, rows = self._prefixes(tasks, questions, batch)
+    texts, rows = self.prefixes(tasks, questions, batch)
     out = dict(batch)
     out["is_question"] = torch.tensor(questions, device=device)
     pad = self.tokenizer.pad_id
     out["observation.language.tokens"], out["observation.language.attention_mask"] = pad_rows(rows, pad, device)
-    targets = self._suffixes(texts, questions, answers, batch)
+    targets = self.suffixes(texts, questions, answers, batch)
     if any(targets):
         out["suffix.tokens"], out["suffix.attention_mask"] = pad_rows(targets, pad, device)
         out["suffix.loss_mask"] = out["suffix.attention_mask"].clone()
     return out
-
-Pi0FastTokenizerStep.__call__ = _call
