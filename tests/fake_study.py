@@ -60,7 +60,7 @@ def mcq_result(rows, skill, skill_absent, rng, easy):
         scores = -rng.uniform(1.5, 4, len(r["choices"]))
         top = r["answer_index"] if right else (r["answer_index"]+1) % len(r["choices"])
         scores[top] = -rng.uniform(.05, 1.2)
-        results.append(dict(id=r["id"], predicted_index=int(top), log_likelihoods=[float(s) for s in scores], correct=bool(right),
+        results.append(dict(id=r["id"], frame=r["image_path"], category=r["category"], predicted_index=int(top), log_likelihoods=[float(s) for s in scores], correct=bool(right),
                             margin=float(np.sort(scores)[-1]-np.sort(scores)[-2]), answer_index=r["answer_index"]))
     hits = np.array([r["correct"] for r in results]); means = [rng.choice(hits, len(hits)).mean() for _ in range(200)]
     return dict(accuracy=float(hits.mean()), avg_margin=1.0, correct_count=int(hits.sum()), total_count=len(hits), n_failed=0,
@@ -139,7 +139,7 @@ def write_method(run, name, rows, rng, easy, n, steps):
     mode = {"craft_kl": "token_kl", "craft_token": "token_ce", "craft_hidden": "hidden"}.get(name)
     craft = dict(enabled=bool(lam))
     if lam: craft |= dict(anchor_cache_dir=str(run.parent/"anchors_token"), retention_mode=mode, initial_lambda=1., lambda_max=10.)
-    dump(run/"params.json", dict(steps=steps, seed=0, craft=craft))
+    dump(run/"params.json", dict(seed=0, config=dict(steps=steps, craft=craft)))
     (run/"metrics.jsonl").write_text("".join(json.dumps(r)+"\n" for r in metrics(steps, 6. if name != "sft" else 5.2, new_loss, kl, lam, rng)))
 
 

@@ -31,7 +31,8 @@ def file(tmp_path):
     rows = []
     for i in range(24):
         name = f"images/{i // 3}.png"
-        if i % 3 == 0: Image.fromarray(rng.integers(0, 255, (40 + i // 12 * 8, 32, 3), dtype=np.uint8)).save(tmp_path / name)
+        pixels = rng.integers(0, 255, (40 + i // 12 * 8, 32, 3), dtype=np.uint8)      # two picture sizes
+        if i % 3 == 0: Image.fromarray(pixels).save(tmp_path / name)
         rows.append({"id": f"q{i}", "category": "abc"[i % 3], "image_path": name, "question": "Where is the drawer ?",
                      "choices": ["left", "on the right", "nowhere in sight at all"][:2 + i % 2],
                      "answer_index": int(rng.integers(2))})
@@ -44,7 +45,7 @@ def brute_force(policy, q, shift=0):
     out = []
     for ids in choice_ids(policy, q):
         batch = question_batch(policy, [q], [question_images(policy, q)])
-        full = torch.tensor([ids + ids[:1] * shift])                       # one more token behind, so that a logit exists
+        full = torch.tensor([ids + ids[:1] * shift])       # one more token behind, so that a logit exists
         batch |= {"suffix.tokens": full, "suffix.attention_mask": torch.ones_like(full, dtype=torch.bool),
                   "suffix.loss_mask": torch.ones_like(full, dtype=torch.bool)}
         with torch.no_grad(): logits = policy.token_logits(batch)[0][0]
@@ -88,8 +89,8 @@ def test_an_answer_cannot_change_the_context(policy, file):
 
 def test_result_schema_and_pmi(policy, file):
     out = evaluate_mcq(policy, file, pmi=True)
-    assert {"accuracy", "avg_margin", "correct_count", "total_count", "n_failed", "accuracy_mean", "avg_margin_gold", "ci95",
-            "chance", "results", "accuracy_byte", "accuracy_pmi", "per_category"} <= set(out)
+    assert {"accuracy", "avg_margin", "correct_count", "total_count", "n_failed", "accuracy_mean", "avg_margin_gold",
+            "ci95", "chance", "results", "accuracy_byte", "accuracy_pmi", "per_category"} <= set(out)
     row = out["results"][0]
     assert {"id", "predicted_index", "log_likelihoods", "correct", "margin", "answer_index"} <= set(row)
     assert out["total_count"] == 24 and out["n_frames"] == 8
@@ -104,8 +105,8 @@ def test_command_one_and_two_policies(policy, file, tmp_path, capsys):
     policy.save_pretrained(tmp_path / "a")
     other = FakePolicy()
     other.save_pretrained(tmp_path / "b")
-    assert main([f"--checkpoint_path={tmp_path / 'a'}", f"--data_jsonl={file}", f"--output_json={tmp_path / 'one.json'}",
-                 "--max-samples", "9", "--batch_size=4", "--device=cpu"]) == 0
+    assert main([f"--checkpoint_path={tmp_path / 'a'}", f"--data_jsonl={file}",
+                 f"--output_json={tmp_path / 'one.json'}", "--max-samples", "9", "--batch_size=4", "--device=cpu"]) == 0
     assert json.loads((tmp_path / "one.json").read_text())["total_count"] == 9
     assert main([f"--policy.path={tmp_path / 'a'}", f"--policy.path_b={tmp_path / 'b'}", f"--data_jsonl={file}",
                  f"--output_json={tmp_path / 'two.json'}", "--device=cpu"]) == 0
@@ -168,5 +169,6 @@ def test_command_line_exit_status(tmp_path):
     "Through the interpreter: a missing file is a sentence and a failure."
     code = ("import sys\nfrom vla_nb.core.types import UserError\nfrom vla_nb.evaluation.mcq import main\n"
             "try: sys.exit(main(sys.argv[1:]))\nexcept UserError as e: sys.exit(str(e))")
-    done = subprocess.run([sys.executable, "-c", code, "--policy.path=x", "--data_jsonl=none.jsonl"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "--policy.path=x", "--data_jsonl=none.jsonl"],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "none.jsonl" in done.stderr

@@ -54,7 +54,7 @@ def render(
                     training(facts), diagnosis(facts), checks(facts), provenance(facts), limits(facts)])
     foot = f'<footer>Drawn from the files of this study; drawn again without training by <code class="cmd">vla-nb report --study={escape(str(study_dir))} --output={escape(str(out.parent))}</code></footer>'
     with atomic_write(out, "w") as f: f.write(page(QUESTION, body+foot))
-    write_json(out.parent/"summary.json", summarise(study_dir, partial=True))
+    write_json(out.parent/"summary.json", facts.summary)
     return out
 
 # %% ../../nbs/apps/950_report.ipynb #9c1d9858

@@ -78,7 +78,7 @@ video{width:100%;border-radius:8px;background:#000;display:block}
 .clips figcaption{font-size:.9rem;color:var(--ink);overflow-wrap:anywhere}.ok{color:var(--good);font-weight:600}
 .no{color:var(--bad);font-weight:600}
 .question{display:grid;grid-template-columns:96px minmax(0,1fr);gap:14px}
-.question img{width:96px;height:96px;object-fit:cover;border-radius:6px;image-rendering:pixelated}
+.question img{width:96px;height:96px;object-fit:cover;border-radius:6px;image-rendering:pixelated;display:block;margin-bottom:6px}
 .question p{margin:0 0 6px;line-height:1.35}.choice{font-size:.86rem;margin-top:7px;overflow-wrap:anywhere}
 .bars{display:grid;gap:2px;margin-top:3px}
 .bar{height:7px;border-radius:2px;background:var(--tint);overflow:hidden}

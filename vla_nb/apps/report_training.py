@@ -102,12 +102,11 @@ def findings(
     name: str,  # CRaFT method
 ) -> list:  # of {code, severity, evidence, cause, action, command}
     "The automatic diagnosis of one CRaFT run."
-    from vla_nb.core.config import from_dict
     from vla_nb.core.files import read_jsonl
-    from vla_nb.craft.constraint import CraftConfig
+    from vla_nb.craft.constraint import craft_config
     from vla_nb.craft.hook import diagnose
     run = facts.study["dir"]/name
-    config = from_dict(CraftConfig, read_json(run/"params.json")["craft"], f"{run/'params.json'}: craft")
+    config = craft_config(read_json(run/"params.json")["config"]["craft"])
     held = run/"eval"/"retention.json"
     return diagnose(read_jsonl(run/"metrics.jsonl"), config, read_json(held).get(config.retention_mode) if held.exists() else None)
 

@@ -19,6 +19,7 @@ import torch
 from ..core.config import to_dict
 from ..core.files import atomic_write
 from ..core.hooks import TrainingHook
+from ..core.progress import format_log_line
 from .anchors import AnchorCache, anchor_indices, check_cache
 from .constraint import Controller, CraftConfig, CraftError
 from .losses import retention_terms
@@ -153,7 +154,7 @@ def _on_gradients(self, run) -> dict:
         self._pending, self.skipped = None, self.skipped + 1
         run.skip(f"CRaFT: non-finite gradient or L_ret ({value}) at step {run.step + 1}")
         return {}
-    if not self.checked: self_check(value, self.cache.manifest, self.config, getattr(run, "mixed_precision", "no"))
+    if not self.checked: self_check(value, self.cache.manifest, self.config, getattr(getattr(run, "loop", run), "mixed_precision", "no"))
     self.checked = True
     c, conflict = self._decide(run, dots, task, retain)
     metrics = self._describe(run, value, dots, c, conflict, task, retain)
@@ -207,17 +208,22 @@ CraftHook._describe, CraftHook.on_update, CraftHook.rates = _describe, _on_updat
 
 # %% ../../nbs/craft/540_hook.ipynb #d82d2e41
 def _metrics_line(self) -> str:
-    "The window's rates."
-    return " | ".join(f"{k}={v:.2f}" for k, v in self.rates().items()) if self.window else ""
+    "The last retention step's fields and the window's rates."
+    if not self.last: return ""
+    fields = format_log_line(0, 0, self.last).split(" | ", 1)[1]
+    return f"{fields} | " + " | ".join(f"{k}={v:.2f}" for k, v in self.rates().items())
 
-def _on_end(self, run) -> dict:
-    "Write lambda_history.csv; returns what the run's summary says about CRaFT."
-    if run.rank: return {}
+def _on_end(self, run):
+    "Write lambda_history.csv."
+    if run.rank: return
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["step", "lambda", "epsilon", "retention_loss"])
     rows.writerows(self.control.history)
     with atomic_write(run.out_dir / "lambda_history.csv", "w") as f: f.write(text.getvalue())
+
+def _summary(self) -> dict:
+    "What the run's summary says about CRaFT."
     lams = [row[1] for row in self.control.history]
     return {"mode": self.config.retention_mode, "retention_steps": len(lams), "skipped": self.skipped,
             "lambda_final": self.control.lam, "lambda_mean": statistics.fmean(lams) if lams else None,
@@ -225,7 +231,7 @@ def _on_end(self, run) -> dict:
             "anchor_seconds": self.seconds, "cache_bytes": sum(s["bytes"] for s in self.cache.manifest["shards"]),
             **self.rates()}
 
-CraftHook.metrics_line, CraftHook.on_end = _metrics_line, _on_end
+CraftHook.metrics_line, CraftHook.on_end, CraftHook.summary = _metrics_line, _on_end, _summary
 
 # %% ../../nbs/craft/540_hook.ipynb #bd1e081e
 def finding(

@@ -24,7 +24,7 @@ def shrink(
 ) -> np.ndarray:  # uint8 [n, C, height, width], rounded to nearest
     "Resize by averaging areas."
     if size[0] > images.shape[-2] or size[1] > images.shape[-1]:
-        raise UserError(f"the cache cannot enlarge {images.shape[-2]}x{images.shape[-1]} pictures to {size[0]}x{size[1]}")
+        raise UserError(f"the cache cannot enlarge {images.shape[-2]}x{images.shape[-1]} to {size[0]}x{size[1]} pixels")
     return F.adaptive_avg_pool2d(images.float(), size).round().clamp(0, 255).to(torch.uint8).numpy()
 
 # %% ../../nbs/datasets/130_cache.ipynb #37c3ae1c
@@ -40,7 +40,7 @@ class FrameCache:
         for key, c in self.manifest["cameras"].items():
             path = self.folder / c["file"]
             if not path.is_file() or path.stat().st_size != c["bytes"]:
-                raise UserError(f"frame cache {folder}: {c['file']} is missing or truncated; delete the folder and build it again")
+                raise UserError(f"frame cache {folder}: {c['file']} is missing or truncated; delete the folder and rebuild")
 
     @classmethod
     def open(cls, folder) -> "FrameCache":
@@ -60,7 +60,8 @@ class FrameCache:
     ) -> np.ndarray:  # uint8 [n, C, h, w], a copy
         "Some pictures of a camera."
         if key not in self.manifest["cameras"]: raise UserError(f"frame cache {self.folder} has no camera {key!r}")
-        if key not in self._maps: self._maps[key] = np.load(self.folder / self.manifest["cameras"][key]["file"], mmap_mode="r")
+        if key not in self._maps:
+            self._maps[key] = np.load(self.folder / self.manifest["cameras"][key]["file"], mmap_mode="r")
         return self._maps[key][np.asarray(rows, np.int64)]
 
 # %% ../../nbs/datasets/130_cache.ipynb #cb95dcb1
@@ -70,7 +71,7 @@ def check(self: FrameCache,
 ):
     "Refuse a cache that was made from something else."
     if self.manifest["source"] != meta.fingerprint():
-        raise UserError(f"frame cache {self.folder} was made from another state of the dataset {meta.root}; build it again")
+        raise UserError(f"frame cache {self.folder} was made from another state of the dataset {meta.root}; rebuild it")
     missing = [k for k in meta.camera_keys if k not in self.manifest["cameras"]]
     if missing: raise UserError(f"frame cache {self.folder} lacks {', '.join(missing)}; build it again")
 
@@ -94,6 +95,7 @@ def _fill(ds, key, size, path):
     out.flush()
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
+# %% ../../nbs/datasets/130_cache.ipynb #352f10d7
 @patch(cls_method=True)
 def build(cls: FrameCache,
     ds,  # LeRobotDataset, or the folder of one; all its episodes are cached
@@ -111,7 +113,8 @@ def build(cls: FrameCache,
         raise UserError(f"{folder} holds other files; choose a new folder for the frame cache")
     space = len(whole) * 3 * size[0] * size[1] * len(whole.meta.camera_keys)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder.parent).free < space: raise UserError(f"frame cache {folder} needs {space >> 20} MiB of free disk")
+    if shutil.disk_usage(folder.parent).free < space:
+        raise UserError(f"frame cache {folder} needs {space >> 20} MiB of free disk")
     with atomic_dir(folder) as out:
         cameras = {k: _fill(whole, k, size, out / f"{k}.npy") for k in whole.meta.camera_keys}
         write_json(out / "frames.json", want | {"cameras": cameras})

@@ -26,6 +26,7 @@ def draw_square(
     image[(np.abs(u - x) < 0.2) & (np.abs(v - y) < 0.2), task % 3] = 230
     return image.astype(np.uint8)
 
+# %% ../../nbs/datasets/190_fake.ipynb #1bec0897
 def fake_dataset(
     root,  # new folder
     episodes: int = 2,  # number of episodes
@@ -39,14 +40,16 @@ def fake_dataset(
 ) -> Path:  # the folder
     "Write a tiny dataset; the same arguments give the same frames."
     vector = {"dtype": "float32", "shape": (dims,), "names": [f"joint_{i}" for i in range(dims)]}
-    features = {f"{OBS_IMAGES}.{c}": {"dtype": dtype, "shape": (*size, 3)} for c in cameras} | {OBS_STATE: vector, ACTION: vector}
+    features = {f"{OBS_IMAGES}.{c}": {"dtype": dtype, "shape": (*size, 3)} for c in cameras}
+    features |= {OBS_STATE: vector, ACTION: vector}
     rng = np.random.default_rng(seed)
     with DatasetWriter(root, fps, features, robot_type="fake") as out:
         for e in range(episodes):
             phase, speed = rng.uniform(0, 2 * np.pi, dims), rng.uniform(0.1, 0.4, dims)
             path = 0.8 * np.sin(phase + speed * np.arange(frames + 1)[:, None]).astype(np.float32)
             for i in range(frames):
-                pics = {f"{OBS_IMAGES}.{c}": draw_square(path[i, k % dims], path[i, 1 % dims], e, size) for k, c in enumerate(cameras)}
+                pics = {f"{OBS_IMAGES}.{c}": draw_square(path[i, k % dims], path[i, 1 % dims], e, size)
+                        for k, c in enumerate(cameras)}
                 out.add_frame(pics | {OBS_STATE: path[i], ACTION: path[i + 1] - path[i], "task": TASKS[e % 3]})
             out.save_episode()
     return Path(root)

@@ -124,7 +124,8 @@ class Mixture(torch.utils.data.Dataset):
         world_size: int = 1,  # number of processes
     ):
         self.datasets, self.weights = [d for d, _ in sources], [float(w) for _, w in sources]
-        if not sources or min(self.weights) <= 0: raise UserError(f"a mixture needs positive weights, got {self.weights}")
+        if not sources or min(self.weights) <= 0:
+            raise UserError(f"a mixture needs positive weights, got {self.weights}")
         if balance is not None and len(balance) != len(sources):
             raise UserError(f"balance has {len(balance)} entries for {len(sources)} sources")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size

@@ -47,7 +47,7 @@ def read_questions(
 # %% ../../nbs/datasets/160_questions.ipynb #d9b28759
 def load_pictures(
     paths: list[Path],         # pictures of equal size
-    size: int | None = None,   # side after averaging areas; None keeps the size
+    size=None,                 # side, or (height, width), after averaging areas; None keeps the size
 ) -> torch.Tensor:             # uint8 [n, 3, H, W]
     "Read pictures, RGB, channels first."
     from PIL import Image, UnidentifiedImageError
@@ -56,8 +56,9 @@ def load_pictures(
         try:
             with Image.open(path) as im: pixels = torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1)
         except (OSError, UnidentifiedImageError) as e: raise UserError(f"Picture {path} cannot be read ({e}).") from e
-        if size is not None and pixels.shape[1:] != (size, size):
-            pixels = adaptive_avg_pool2d(pixels.float(), size).round().to(torch.uint8)
+        wanted = (size, size) if isinstance(size, int) else size
+        if wanted is not None and tuple(pixels.shape[1:]) != tuple(wanted):
+            pixels = adaptive_avg_pool2d(pixels.float(), wanted).round().to(torch.uint8)
         if pictures and pixels.shape != pictures[0].shape:
             raise UserError(f"Picture {path} is {tuple(pixels.shape[1:])}, the others {tuple(pictures[0].shape[1:])}; "
                             "give a size, or pictures of one size.")
@@ -71,7 +72,7 @@ class QuestionDataset(Dataset):
         self,
         path,                       # JSON-lines file
         cameras: list[str],         # batch keys, in the order of image_path
-        size: int | None = None,    # side of the pictures; None keeps theirs
+        size=None,                  # side, or (height, width), of the pictures; None keeps theirs
         state_dim: int = 0,         # length of the zero state
         action_shape=(1, 1),        # (T, A) of the zero action chunk
         ids=None,                   # keep only these questions

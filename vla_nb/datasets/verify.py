@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'CHECKS', 'check_directories', 'check_files', 'check_metadata', 'check_version', 'check_features',
-           'check_dataset', 'check_samples', 'check_stats', 'Check', 'verify_dataset', 'main']
+           'check_dataset', 'video_ends', 'check_samples', 'check_stats', 'Check', 'verify_dataset', 'main']
 
 # %% ../../nbs/datasets/150_verify.ipynb #7f7e0bd2
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+import torch
 from ..core.progress import bar
 from ..core.stats import compute_stats
 from ..core.types import UserError
-from .lerobot import LeRobotDataset, DatasetMetadata, read_episodes, read_info, read_tasks
+from .layout import DEFAULTS
+from .lerobot import DatasetMetadata, LeRobotDataset, read_info, unfinished
 from .video import video_reader
 
 # %% ../../nbs/datasets/150_verify.ipynb #51824d90
@@ -26,7 +27,7 @@ def check_directories(root: Path, deep: bool) -> str:
     if any(f["dtype"] == "video" for f in info["features"].values()): wanted.append("videos")
     missing = [d for d in wanted if not (root / d).is_dir()]
     if missing: raise UserError(f"missing folders: {', '.join(missing)}")
-    if (root / ".journal").is_dir(): raise UserError("the folder holds episodes that were not packed; run DatasetWriter.resume(...).finalize()")
+    if (root / ".journal").is_dir(): raise UserError(unfinished(root))
     return ", ".join(wanted)
 
 def check_files(root: Path, deep: bool) -> str:
@@ -45,9 +46,10 @@ def check_metadata(root: Path, deep: bool) -> str:
     if unknown: raise UserError(f"episodes name a task that tasks.parquet lacks: {unknown[0]!r}")
     return f"{meta.total_episodes} episodes, {meta.total_frames} frames, {len(meta.tasks)} tasks, {meta.fps} fps"
 
-KEYS = ("codebase_version", "robot_type", "total_episodes", "total_frames", "total_tasks", "chunks_size", "data_files_size_in_mb",
-        "video_files_size_in_mb", "fps", "splits", "data_path", "video_path", "features")
+KEYS = ("codebase_version", "robot_type", "total_episodes", "total_frames", "total_tasks", "chunks_size",
+        "data_files_size_in_mb", "video_files_size_in_mb", "fps", "splits", "data_path", "video_path", "features")
 
+# %% ../../nbs/datasets/150_verify.ipynb #fe56b5e2
 def check_version(root: Path, deep: bool) -> str:
     "4: the format."
     info = read_info(root)
@@ -55,30 +57,34 @@ def check_version(root: Path, deep: bool) -> str:
     if missing: raise UserError(f"info.json lacks {', '.join(missing)}; LeRobot 0.4 reads them all")
     return info["codebase_version"]
 
-# %% ../../nbs/datasets/150_verify.ipynb #fe56b5e2
+# %% ../../nbs/datasets/150_verify.ipynb #f57e87cb
 def check_features(root: Path, deep: bool) -> str:
     "5: the features and their files."
     meta = DatasetMetadata(root)
-    missing = [k for k in ("timestamp", "frame_index", "episode_index", "index", "task_index") if k not in meta.features]
+    missing = [k for k in DEFAULTS if k not in meta.features]
     if missing: raise UserError(f"default columns are missing: {', '.join(missing)}")
     for key, f in meta.features.items():
         if "/" in key: raise UserError(f"feature name {key!r} contains '/'")
         if f["dtype"] in ("image", "video") and (len(f["shape"]) != 3 or not f.get("names")):
-            raise UserError(f"camera {key!r} needs shape (height, width, channels) and names, has {f['shape']}, {f.get('names')}")
-    files = {meta.data_file(e) for e in meta.episodes} | {meta.video_file(e, k) for e in meta.episodes for k in meta.video_keys}
+            raise UserError(f"camera {key!r} needs shape (H, W, C) and three names, has {f['shape']}, {f.get('names')}")
+    files = {meta.data_file(e) for e in meta.episodes}
+    files |= {meta.video_file(e, k) for e in meta.episodes for k in meta.video_keys}
     absent = sorted(str(p.relative_to(root)) for p in files if not p.is_file())
     if absent: raise UserError(f"{len(absent)} files that episodes name do not exist, first {absent[0]}")
     return f"{len(meta.features)} features, {len(meta.camera_keys)} cameras, {len(files)} files"
 
+# %% ../../nbs/datasets/150_verify.ipynb #0e1b1bfc
 def check_dataset(root: Path, deep: bool) -> str:
     "6: the rows."
     ds = LeRobotDataset(root)
     lengths = np.array([e["length"] for e in ds.meta.episodes])
     frame = np.concatenate([np.arange(n) for n in lengths])
-    expected = {"index": np.arange(len(ds)), "frame_index": frame, "episode_index": np.repeat(np.arange(len(lengths)), lengths)}
+    expected = {"index": np.arange(len(ds)), "frame_index": frame,
+                "episode_index": np.repeat(np.arange(len(lengths)), lengths)}
     for key, want in expected.items():
         bad = np.flatnonzero(ds.columns[key] != want)
-        if len(bad): raise UserError(f"row {bad[0]}: {key} is {ds.columns[key][bad[0]]}, its position says {want[bad[0]]}")
+        if len(bad):
+            raise UserError(f"row {bad[0]}: {key} is {ds.columns[key][bad[0]]}, its position says {want[bad[0]]}")
     late = np.abs(ds.columns["timestamp"] - frame / ds.fps)
     if late.max() > 1e-4 + 1e-6 * frame.max():
         raise UserError(f"row {late.argmax()}: timestamp is {late.max():.4f} s from frame_index / fps")
@@ -89,30 +95,40 @@ def check_dataset(root: Path, deep: bool) -> str:
             raise UserError(f"{key} holds NaN or infinity, first in row {np.argwhere(~np.isfinite(values))[0][0]}")
     return f"{len(ds)} rows, {len(ds.columns)} columns"
 
-# %% ../../nbs/datasets/150_verify.ipynb #0e1b1bfc
+# %% ../../nbs/datasets/150_verify.ipynb #9a33d317
+def video_ends(
+    meta: DatasetMetadata,  # metadata with the addresses of all episodes
+) -> dict:  # {video file: number of frames that its episodes claim}
+    "Frames that each video file should hold; its episodes must follow each other without a gap."
+    ends = {}
+    for e in meta.episodes:
+        for k in meta.video_keys:
+            first, path = round(e[f"videos/{k}/from_timestamp"] * meta.fps), meta.video_file(e, k)
+            if ends.get(path, first) != first:
+                raise UserError(f"episode {e['episode_index']}, {k}: starts at frame {first} of its video, "
+                                f"the one before ends at {ends[path]}")
+            ends[path] = first + e["length"]
+    return ends
+
 def check_samples(root: Path, deep: bool) -> str:
     "7: the pictures."
-    ds, ends = LeRobotDataset(root, return_uint8=True), {}
-    for e in ds.meta.episodes:
-        for k in ds.meta.video_keys:
-            first = round(e[f"videos/{k}/from_timestamp"] * ds.fps)
-            path = ds.meta.video_file(e, k)
-            if path in ends and ends[path] != first:
-                raise UserError(f"episode {e['episode_index']}, {k}: starts at frame {first} of its video, the one before ends at {ends[path]}")
-            ends[path] = first + e["length"]
+    ds = LeRobotDataset(root, return_uint8=True)
+    ends, cameras = video_ends(ds.meta), ds.meta.camera_keys
     for path, n in ends.items():
-        if len(video_reader(path)) != n: raise UserError(f"{path.relative_to(root)} holds {len(video_reader(path))} frames, episodes claim {n}")
-    starts = np.array([e["dataset_from_index"] for e in ds.meta.episodes] + [len(ds)])
-    pick = range(len(starts) - 1) if len(starts) < 50 else np.linspace(0, len(starts) - 2, 50).astype(int)
-    rows = range(len(ds)) if deep else sorted({int(i) for e in pick for i in (starts[e], starts[e + 1] - 1)})
+        have = len(video_reader(path))
+        if have != n: raise UserError(f"{path.relative_to(root)} holds {have} frames, its episodes claim {n}")
+    pick = np.unique(np.linspace(0, ds.num_episodes - 1, 50).astype(int))
+    some = {i for e in pick for i in (ds.meta.episodes[e]["dataset_from_index"], ds.meta.episodes[e]["dataset_to_index"] - 1)}
+    rows = list(range(len(ds))) if deep else sorted(some)
     for a in bar(range(0, len(rows), 64), desc="samples"):
         for i, item in zip(rows[a:a + 64], ds.__getitems__(rows[a:a + 64])):
             for key, f in ds.features.items():
-                want = f["shape"] if key not in ds.meta.camera_keys else (f["shape"][2], *f["shape"][:2])
-                if hasattr(item[key], "shape") and tuple(item[key].shape) not in (tuple(want), () if want == (1,) else tuple(want)):
-                    raise UserError(f"frame {i}: {key} has shape {tuple(item[key].shape)}, info.json says {tuple(want)}")
+                want = (f["shape"][2], *f["shape"][:2]) if key in cameras else () if f["shape"] == (1,) else f["shape"]
+                if isinstance(item[key], torch.Tensor) and tuple(item[key].shape) != want:
+                    raise UserError(f"frame {i}: {key} has shape {tuple(item[key].shape)}, info.json says {want}")
     return f"{len(rows)} frames read, {len(ends)} videos counted" + (" and decoded to the end" if deep else "")
 
+# %% ../../nbs/datasets/150_verify.ipynb #b9fcee14
 def check_stats(root: Path, deep: bool) -> str:
     "8: the statistics."
     ds = LeRobotDataset(root)
@@ -120,18 +136,17 @@ def check_stats(root: Path, deep: bool) -> str:
     for key, f in ds.features.items():
         if f["dtype"] in ("string", "language"): continue
         if key not in ds.meta.stats: raise UserError(f"stats.json lacks {key}")
-        have, want = ds.meta.stats[key], (f["shape"][2], 1, 1) if key in ds.meta.camera_keys else (f["shape"][-1],)
+        have, camera = ds.meta.stats[key], key in ds.meta.camera_keys
+        want = (f["shape"][2], 1, 1) if camera else (f["shape"][-1],)
+        true = None if camera else compute_stats(ds.columns[key])
         for s in ("mean", "std", "min", "max"):
             if s not in have or have[s].shape != want:
-                raise UserError(f"stats of {key}: {s} has shape {have[s].shape if s in have else None}, expected {want}")
-        if key in ds.meta.camera_keys: continue
-        true = compute_stats(ds.columns[key])
-        for s in ("mean", "std", "min", "max"):
-            if not np.allclose(have[s], true[s], rtol=1e-3, atol=1e-3 * (1e-6 + np.abs(true["std"]).max())):
-                raise UserError(f"stats of {key}: {s} is {have[s].ravel()[:3]}…, the column says {true[s].ravel()[:3]}…")
+                raise UserError(f"stats of {key}: {s} is missing or not of shape {want}")
+            if true and not np.allclose(have[s], true[s], rtol=1e-3, atol=1e-3 * (1e-6 + np.abs(true["std"]).max())):
+                raise UserError(f"stats of {key}: {s} begins with {have[s][0]}, the column says {true[s][0]}")
     return f"{len(ds.meta.stats.features)} features, columns agree"
 
-# %% ../../nbs/datasets/150_verify.ipynb #328bf2f3
+# %% ../../nbs/datasets/150_verify.ipynb #b027c347
 CHECKS = {"directories": check_directories, "metadata files": check_files, "metadata load": check_metadata,
           "version": check_version, "features": check_features, "dataset load": check_dataset,
           "sample load": check_samples, "statistics": check_stats}
@@ -153,11 +168,13 @@ def verify_dataset(
     for name, check in CHECKS.items():
         try: results.append(Check(name, True, check(root, deep)))
         except UserError as e: results.append(Check(name, False, str(e)))
-        except (KeyError, TypeError, ValueError) as e: results.append(Check(name, False, f"malformed: {type(e).__name__} {e}"))
+        except (KeyError, TypeError, ValueError) as e:
+            results.append(Check(name, False, f"malformed metadata: {type(e).__name__} {e}"))
     return results
 
+# %% ../../nbs/datasets/150_verify.ipynb #0a84f5fe
 def main(
-    argv=None,  # command line after `vla-nb data verify`; None = sys.argv[1:]
+    argv=None,  # words after `vla-nb data verify`; None = those of this process
 ) -> int:  # 0 when every check holds
     "Command `vla-nb data verify PATH [--deep]`."
     parser = argparse.ArgumentParser("vla-nb data verify", description="Check a dataset folder in eight steps.")

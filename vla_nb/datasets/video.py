@@ -33,9 +33,10 @@ class VideoWriter:
         crf: int | None = None,  # constant quality, smaller is better; None = 18 for h264, 30 for av1
         g: int = 2,  # distance of key frames
     ):
-        if vcodec not in CODECS: raise UserError(f"video codec {vcodec!r} is unknown; choose one of {', '.join(CODECS)}")
+        if vcodec not in CODECS:
+            raise UserError(f"video codec {vcodec!r} is unknown; choose one of {', '.join(CODECS)}")
         if shape[0] % 2 or shape[1] % 2:
-            raise UserError(f"video pictures need even sides, got {shape[0]}x{shape[1]}; crop them or use dtype 'image'")
+            raise UserError(f"video needs even sides, got {shape[0]}x{shape[1]}; crop the pictures or use dtype 'image'")
         encoder, quality, options = CODECS[vcodec]
         if vcodec == "av1": os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its banner otherwise
         options = options | {"g": str(g), "crf": str(quality if crf is None else crf)}
@@ -184,6 +185,7 @@ def codec_header(
     "The decoder configuration stored in a file."
     with av.open(str(path)) as file: return bytes(file.streams.video[0].codec_context.extradata or b"")
 
+# %% ../../nbs/datasets/100_video.ipynb #4c2df143
 def join_videos(
     parts,  # video files of the same camera, in order, with equal codec_header
     path,  # mp4 file to write
@@ -198,7 +200,7 @@ def join_videos(
                 stream = stream or out.add_stream_from_template(file.streams.video[0])
                 for packet in file.demux(file.streams.video[0]):
                     if packet.dts is None: continue
-                    if packet.pts != packet.dts: raise UserError(f"{part} stores reordered (B) frames; re-encode it first")
+                    if packet.pts != packet.dts: raise UserError(f"{part} stores reordered (B) frames; re-encode it")
                     packet.time_base = Fraction(1, fps)
                     packet.pts, packet.dts, packet.duration, packet.stream = count, count, 1, stream
                     out.mux(packet)

@@ -9,13 +9,14 @@ __all__ = ['EVALUATIONS', 'result_command', 'read_result', 'load_study', 'questi
            'text_table', 'comparison_table', 'main']
 
 # %% ../../nbs/evaluation/695_compare.ipynb #79938c70
+import csv
 from pathlib import Path
 from statistics import fmean
 
 from ..core.config import parse_flags
-from ..core.files import read_json, read_jsonl, write_json
+from ..core.files import atomic_write, read_json, read_jsonl, write_json
 from ..core.types import UserError
-from .stats import mcnemar, wilson
+from .stats import compare_paired, wilson
 
 # %% ../../nbs/evaluation/695_compare.ipynb #3ae64a50
 EVALUATIONS = ("mcq", "rollout", "offline", "retention")
@@ -76,17 +77,14 @@ def question_rows(
 def paired(
     a: dict,  # mcq.json of A
     b: dict,  # mcq.json of B
-) -> dict:  # both, only_a, only_b, neither (counts), diff (accuracy B - A), p (exact McNemar, two-sided)
+) -> dict:  # both, only_a, only_b, neither (counts), diff (accuracy B - A), its ci95 (clustered by picture), p (exact, two-sided)
     "Paired comparison of two question results, matched by question id."
-    ra, rb = ({r["id"]: bool(r["correct"]) for r in m["results"]} for m in (a, b))
+    ra, rb = ({r["id"]: r for r in m["results"]} for m in (a, b))
     if ra.keys() != rb.keys():
         odd = sorted(ra.keys() ^ rb.keys())
         raise UserError(f"The two mcq.json files hold different questions ({len(odd)} ids differ, e.g. {odd[0]}); "
                         "score both runs on the same question file.")
-    n = {(x, y): sum(ra[i] == x and rb[i] == y for i in ra) for x in (True, False) for y in (True, False)}
-    only_a, only_b = n[True, False], n[False, True]
-    return dict(both=n[True, True], only_a=only_a, only_b=only_b, neither=n[False, False],
-                diff=(only_b-only_a)/len(ra), p=mcnemar(only_a, only_b))
+    return compare_paired([ra[i]["correct"] for i in ra], [rb[i]["correct"] for i in ra], [ra[i]["frame"] for i in ra])
 
 # %% ../../nbs/evaluation/695_compare.ipynb #935a4efa
 def folder_bytes(
@@ -97,15 +95,14 @@ def folder_bytes(
 
 
 def anchors_of(
-    run,  # run folder with params.json
-):  # -> Path of the anchor cache the training read, or None
+    run,  # run folder
+):  # -> Path of the anchor cache that CRaFT or replay read, or None
     "The anchor folder named in a run's params.json."
-    def find(d):
-        for k, v in d.items():
-            if k == "anchor_cache_dir" and v: return v
-            if isinstance(v, dict) and (hit := find(v)): return hit
-    params = Path(run)/"params.json"
-    return Path(hit) if params.exists() and (hit := find(read_json(params))) else None
+    if not (path := Path(run)/"params.json").exists(): return None
+    config = read_json(path)["config"]
+    named = config.get("craft", {}).get("anchor_cache_dir") or config.get("replay", {}).get("anchors")
+    if named and not Path(named).is_dir(): raise UserError(f"Anchor folder {named} named in {path} is missing, so the storage of {Path(run).name} is unknown; build it again: vla-nb anchors build")
+    return Path(named) if named else None
 
 
 def storage_bytes(
@@ -260,17 +257,17 @@ def metric_columns(
 def metrics_csv(
     runs,  # run folders
     out,  # CSV file to write
+    names=None,  # one name per run; None: the folders' names
 ):  # -> Path of the file
     "Training logs of several runs as one CSV file with a `run` column."
-    import csv
-    from vla_nb.core.files import atomic_write
-    tables = {Path(r).name: metric_columns(r) for r in runs}
-    names = list(dict.fromkeys(k for t in tables.values() for k in t))
+    runs = list(runs)
+    tables = {n: metric_columns(r) for n, r in zip(names or [Path(r).name for r in runs], runs)}
+    columns = list(dict.fromkeys(k for t in tables.values() for k in t))
     with atomic_write(Path(out), mode="w") as f:
         writer = csv.writer(f)
-        writer.writerow(["run", *names])
+        writer.writerow(["run", *columns])
         for name, t in tables.items():
-            for values in zip(*(t.get(k, [None]*len(next(iter(t.values())))) for k in names)): writer.writerow([name, *values])
+            for values in zip(*(t.get(k, [None]*len(t["step"])) for k in columns)): writer.writerow([name, *values])
     return Path(out)
 
 # %% ../../nbs/evaluation/695_compare.ipynb #a5fd26f6
@@ -282,16 +279,18 @@ def compare_runs(
     if not kinds: raise UserError(f"No result file below {', '.join(str(Path(r)/'eval') for r in runs)}; "
                                   f"start with: {result_command(runs[0], 'mcq')}")
     read = [{w: read_result(r, w) for w in kinds} for r in runs]
+    last = [Path(r).name for r in runs]
+    names = last if len(set(last)) == len(last) else [str(r) for r in runs]
     out = []
-    for run, r in zip(runs, read):
-        row = dict(name=Path(run).name, paired=None)
+    for r in read:
+        row = dict(name=names[len(out)], paired=None)
         if "mcq" in r: row |= dict(mcq={k: r["mcq"][k] for k in ("accuracy", "ci95", "total_count", "chance")},
                                    paired=None if r is read[0] else paired(read[0]["mcq"], r["mcq"]))
         if "rollout" in r: row["success"] = {t: [v["k"], v["n"], *wilson(v["k"], v["n"])] for t, v in r["rollout"]["task"].items()}
         if "offline" in r: row["offline"] = {t: v["loss"] for t, v in r["offline"]["per_task"].items()}
         if "retention" in r: row["retention"] = r["retention"]
         out.append(row)
-    return dict(reference=Path(runs[0]).name, runs=out)
+    return dict(reference=names[0], runs=out)
 
 
 def text_table(

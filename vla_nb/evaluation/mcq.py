@@ -37,6 +37,7 @@ class Question:
     where: str         # file and line, for messages
     cameras: tuple = () # camera of each picture; () means in the policy's order
 
+# %% ../../nbs/evaluation/660_mcq.ipynb #4c4396e1
 def _wrong(row):
     "What is wrong with a row, or None."
     if not isinstance(row, dict): return "is not a JSON object"
@@ -56,7 +57,7 @@ def _wrong(row):
     if not isinstance(cameras, list) or cameras and len(cameras) != len(paths):
         return "needs one camera name per picture"
 
-# %% ../../nbs/evaluation/660_mcq.ipynb #4c4396e1
+# %% ../../nbs/evaluation/660_mcq.ipynb #098b3a84
 def find_image(
     name: str,      # path as written in the file
     folder: Path,   # folder of the question file
@@ -65,6 +66,7 @@ def find_image(
     here = folder / name
     return Path(name) if not here.is_file() and Path(name).is_file() else here
 
+# %% ../../nbs/evaluation/660_mcq.ipynb #e7e391f4
 def load_questions(
     path,                           # JSON-lines file
     max_samples: int | None = None, # the first so many; None for all
@@ -93,6 +95,7 @@ def load_questions(
     if not found: raise UserError(f"{path} holds no questions.")
     return found
 
+# %% ../../nbs/evaluation/660_mcq.ipynb #2020d3c6
 def _question(row, n, path, where):
     "A checked row as a Question."
     names = [row["image_path"]] if isinstance(row["image_path"], str) else row["image_path"]
@@ -100,7 +103,7 @@ def _question(row, n, path, where):
     return Question(str(row.get("id", n - 1)), str(row.get("category", "")), "|".join(names), images, row["question"],
                     tuple(row["choices"]), row["answer_index"], where, tuple(row.get("cameras", ())))
 
-# %% ../../nbs/evaluation/660_mcq.ipynb #e7e391f4
+# %% ../../nbs/evaluation/660_mcq.ipynb #71ca6275
 def _picture(path):
     "uint8 [3, H, W] of a picture file."
     from PIL import Image, UnidentifiedImageError
@@ -121,6 +124,7 @@ def question_images(
                         "give image_path as a list in that order, or name them in 'cameras'.")
     return [_picture(q.images[given.index(c)]) for c in wanted]
 
+# %% ../../nbs/evaluation/660_mcq.ipynb #e55d50ea
 def question_batch(
     policy,                  # policy with config.input_features and preprocessor
     questions: list,         # B questions
@@ -137,7 +141,7 @@ def question_batch(
     batch |= {TASK: [q.question for q in questions], ANSWER: [""] * n}
     return policy.preprocessor(batch)
 
-# %% ../../nbs/evaluation/660_mcq.ipynb #2020d3c6
+# %% ../../nbs/evaluation/660_mcq.ipynb #1ebffd87
 def choice_ids(
     policy,                  # policy with `encode_text`
     q: Question,             # question
@@ -149,6 +153,7 @@ def choice_ids(
     if not all(ids): raise UserError(f"{q.where}: a choice has no tokens for this policy's tokenizer.")
     return ids
 
+# %% ../../nbs/evaluation/660_mcq.ipynb #0aaa9d56
 def score_questions(
     policy,                     # policy with `score_choices`
     questions: list,            # questions
@@ -290,7 +295,7 @@ class MCQOptions:
     allow_failures: bool = False     # go on when a picture is missing or broken
     seed: int = 0                    # of the bootstrap
 
-# %% ../../nbs/evaluation/660_mcq.ipynb #71ca6275
+# %% ../../nbs/evaluation/660_mcq.ipynb #ca30c385
 def _percent(result):
     "Accuracy, interval and chance in words."
     low, high = result["ci95"]
@@ -298,6 +303,7 @@ def _percent(result):
     return (f"{100 * result['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n} questions on {frames} frames "
             f"(chance {100 * result['chance']:.1f} %, failed {failed})")
 
+# %% ../../nbs/evaluation/660_mcq.ipynb #83569476
 def main(
     argv: list[str],  # command line after `vla-nb eval mcq`
 ) -> int:             # exit status

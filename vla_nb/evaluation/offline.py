@@ -40,6 +40,7 @@ def parse_episodes(
     if not found: raise UserError(f"Episodes {text!r} are an empty range.")
     return found
 
+# %% ../../nbs/evaluation/690_offline.ipynb #9bc6ff46
 def held_out(
     meta: DatasetMetadata,  # of the dataset
     split: str = "test",    # name in info.json
@@ -51,6 +52,7 @@ def held_out(
     raise UserError(f"{meta.root} has no split {split!r} (it has {', '.join(meta.splits) or 'none'}): "
                     "give --episodes=first:end.")
 
+# %% ../../nbs/evaluation/690_offline.ipynb #c4b69642
 def frames_by_task(
     ds: LeRobotDataset,     # held-out episodes
     stride: int = 8,        # every so many-th frame of an episode
@@ -124,7 +126,7 @@ def merge(
     return Tally(*(sum((getattr(t, k) for t in tallies), start) for k, start in
                    (("loss_sum", 0.0), ("count", 0.0), ("square", []), ("absolute", []))))
 
-# %% ../../nbs/evaluation/690_offline.ipynb #9bc6ff46
+# %% ../../nbs/evaluation/690_offline.ipynb #77941bdf
 def heldout_losses(
     policy,                  # policy with loss_terms, predict_action_chunk and its pipelines
     dataset,                 # dataset folder or owner/name
@@ -153,6 +155,7 @@ def heldout_losses(
             if actions: tally.add_actions(*action_errors(policy, raw, batch))
     return {"dataset": str(dataset), "episodes": ds.episodes, "stride": stride, **summary(tallies, old, new, meta)}
 
+# %% ../../nbs/evaluation/690_offline.ipynb #817de158
 def summary(
     tallies: dict,          # task -> Tally
     old, new,               # groups of tasks

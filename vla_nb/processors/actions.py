@@ -77,18 +77,20 @@ class FastCodec:
         return (f"FastCodec({self.horizon}×{self.dims}, scale {self.scale:g}, vocabulary {self.vocab_size}, "
                 f"coefficients {self.min_token}…{self.max_token})")
 
+# %% ../../nbs/processors/220_actions.ipynb #ba1449a7
 def _valid(data):
     "True when bytes are whole UTF-8 characters."
     try: data.decode()
     except UnicodeDecodeError: return False
     return True
 
-# %% ../../nbs/processors/220_actions.ipynb #ba1449a7
+# %% ../../nbs/processors/220_actions.ipynb #fcee5d34
 def _strings(codes, min_token, max_token):
     "Integers [N, T·D] -> one string per row."
     codes = np.clip(codes, min_token, max_token) - min_token
     return ["".join(map(chr, row)) for row in codes.tolist()]
 
+# %% ../../nbs/processors/220_actions.ipynb #5074cf7a
 @patch(cls_method=True)
 def fit(cls: FastCodec,
     chunks,                  # [N, T, D] normalised action chunks
@@ -133,7 +135,7 @@ def encode(self: FastCodec,
     texts = _strings(codes, self.min_token, self.max_token)
     return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-# %% ../../nbs/processors/220_actions.ipynb #fcee5d34
+# %% ../../nbs/processors/220_actions.ipynb #e892d885
 @patch
 def spell(self: FastCodec,
     ids: list,  # ids of one chunk
@@ -147,6 +149,7 @@ def spell(self: FastCodec,
     except UnicodeDecodeError as e: text = data[:e.start].decode()
     return [ord(c) + self.min_token for c in text]
 
+# %% ../../nbs/processors/220_actions.ipynb #90c22cab
 @patch
 def decode_with_count(self: FastCodec,
     ids,    # B lists of ids

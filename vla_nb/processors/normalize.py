@@ -50,6 +50,7 @@ def as_features(
     "Read features from a configuration."
     return {k: f if hasattr(f, "shape") else Feature(f["type"], tuple(f["shape"])) for k, f in features.items()}
 
+# %% ../../nbs/processors/210_normalize.ipynb #bd8854ef
 class _StatsStep(Step):
     "What the two directions share: configuration, statistics, and the choice of formula."
 
@@ -87,7 +88,7 @@ class _StatsStep(Step):
         self.stats = {k: {n: v.to(device) for n, v in s.items()} for k, s in self.stats.items()}
         return self
 
-# %% ../../nbs/processors/210_normalize.ipynb #bd8854ef
+# %% ../../nbs/processors/210_normalize.ipynb #d7e7ace5
 @patch
 def set_stats(self: _StatsStep,
     stats,  # key -> {statistic: array}; other features' statistics are left out
@@ -106,6 +107,7 @@ def set_stats(self: _StatsStep,
                                 "they belong to another dataset; compute them again or pass the right ones.")
         self.stats[key] = values
 
+# %% ../../nbs/processors/210_normalize.ipynb #3fe51086
 @patch
 def mode_of(self: _StatsStep,
     key: str,  # feature
@@ -115,6 +117,7 @@ def mode_of(self: _StatsStep,
     if keys is not None and key.startswith("observation.") and key not in keys: return "IDENTITY"
     return self.norm_map.get(ft.type, "IDENTITY")
 
+# %% ../../nbs/processors/210_normalize.ipynb #cc5a3838
 @patch
 def apply(self: _StatsStep,
     batch: dict,  # raw or normalised batch

@@ -157,18 +157,6 @@ class Pipeline:
     def __len__(self): return len(self.steps)
     def __repr__(self): return f"Pipeline({self.name!r}: {' → '.join(_step_name(s) for s in self.steps) or 'nothing'})"
 
-    def __getitem__(self, i):
-        "A slice gives a pipeline; a number or a saved name gives a step."
-        if isinstance(i, slice): return Pipeline(self.name, self.steps[i])
-        if not isinstance(i, str): return self.steps[i]
-        found = [s for s in self.steps if _step_name(s) == i]
-        if not found:
-            raise UserError(f"Pipeline {self.name!r} has no step {i!r}: it has {[_step_name(s) for s in self.steps]}.")
-        return found[0]
-
-    def inverse(self, name="policy_postprocessor"):
-        "The steps that undo this pipeline, last first; steps with nothing to undo are left out."
-        return Pipeline(name, [s for s in (step.inverse() for step in reversed(self.steps)) if s is not None])
 
     def transform_features(self, features: dict[str, Feature]):
         "Features after all steps."
@@ -183,6 +171,26 @@ class Pipeline:
     def reset(self):
         "Start a new episode."
         for step in self.steps: step.reset()
+
+# %% ../../nbs/processors/200_pipeline.ipynb #c8b3462a
+@patch
+def __getitem__(self: Pipeline,
+    i,  # slice, number, or saved name
+):      # Pipeline for a slice, else Step
+    "Part of a pipeline, or one step."
+    if isinstance(i, slice): return Pipeline(self.name, self.steps[i])
+    if not isinstance(i, str): return self.steps[i]
+    found = [s for s in self.steps if _step_name(s) == i]
+    if not found:
+        raise UserError(f"Pipeline {self.name!r} has no step {i!r}: it has {[_step_name(s) for s in self.steps]}.")
+    return found[0]
+
+@patch
+def inverse(self: Pipeline,
+    name: str = "policy_postprocessor",  # of the new pipeline
+):                                       # Pipeline
+    "The steps that undo this pipeline, last first; steps with nothing to undo are left out."
+    return Pipeline(name, [s for s in (step.inverse() for step in reversed(self.steps)) if s is not None])
 
 # %% ../../nbs/processors/200_pipeline.ipynb #03d892f3
 @patch

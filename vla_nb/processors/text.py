@@ -57,10 +57,6 @@ class WordTokenizer:
         "Ids of a text, without specials; an unknown word is `<unk>`."
         return [self.vocab.get(w, self.unk_id) for w in split_words(text)]
 
-    def unknown(self, text):
-        "Words of a text that the tokenizer does not know."
-        return [w for w in split_words(text) if w not in self.vocab]
-
 # %% ../../nbs/processors/230_text.ipynb #c7585ad0
 @patch
 def decode(self: WordTokenizer,
@@ -102,9 +98,9 @@ class HFTokenizer:
     def __len__(self): return len(self.inner)
     def encode(self, text): return self.inner.encode(text, add_special_tokens=False)
     def decode(self, ids): return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
-    def unknown(self, text): return [t for t in self.inner.tokenize(text) if t == self.inner.unk_token]
     def save(self, folder): self.inner.save_pretrained(folder)
 
+# %% ../../nbs/processors/230_text.ipynb #dce27439
 def load_tokenizer(
     source,  # folder with words.json or a transformers tokenizer, or a Hub name
 ):           # WordTokenizer or HFTokenizer
@@ -133,7 +129,7 @@ def joint_suffix(
                         "let the continuation begin with a space.")
     return full[len(head):]
 
-# %% ../../nbs/processors/230_text.ipynb #dce27439
+# %% ../../nbs/processors/230_text.ipynb #426d83e6
 @dataclass(frozen=True)
 class Pi0FastPrompt:
     "The numbers that fix the sentences."
@@ -152,6 +148,7 @@ class Pi0FastPrompt:
         "Take the fields of the same name from a policy configuration."
         return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)})
 
+# %% ../../nbs/processors/230_text.ipynb #c619fad3
 def action_prefix(
     task: str,    # instruction
     bins=None,    # state bins to write into the prompt, or None
@@ -200,7 +197,7 @@ class Pi0FastTokenizerStep(Step):
 
     token_to_fast = fast_to_token  # the map is its own inverse
 
-# %% ../../nbs/processors/230_text.ipynb #426d83e6
+# %% ../../nbs/processors/230_text.ipynb #033ea4d7
 @patch
 def prefixes(self: Pi0FastTokenizerStep,
     tasks: list,      # B instructions or questions
@@ -221,6 +218,7 @@ def prefixes(self: Pi0FastTokenizerStep,
                             f"{self.prompt.tokenizer_max_length}: shorten it or raise the limit.")
     return texts, rows
 
+# %% ../../nbs/processors/230_text.ipynb #a038ce5a
 @patch
 def suffixes(self: Pi0FastTokenizerStep,
     texts: list,      # B prefixes
@@ -242,6 +240,7 @@ def suffixes(self: Pi0FastTokenizerStep,
                         "raise the limit, or lower the codec's scale.")
     return rows
 
+# %% ../../nbs/processors/230_text.ipynb #8537794a
 def pad_rows(
     rows: list,        # B lists of ids
     pad_id: int,       # id written behind the end

@@ -7,6 +7,7 @@ __all__ = ['OPTIM', 'SCHEDULE', 'ALIASES', 'VALUES', 'ABSENT', 'FREE', 'DatasetF
            'TrainConfig', 'flatten', 'canonical', 'overlay', 'read_config', 'help_text']
 
 # %% ../../nbs/training/628_config.ipynb #4095c642
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def read_config(
     if not config.output_dir: raise UserError("vla-nb train needs --output_dir=FOLDER for checkpoints and metrics.")
     out = Path(config.output_dir)
     if not config.resume:
-        if (out / "params.json").exists() or (out / "checkpoints").exists():
+        if int(os.environ.get("RANK", 0)) == 0 and ((out / "params.json").exists() or (out / "checkpoints").exists()):
             raise UserError(f"{out} holds a run already; continue it with --resume=true or choose another --output_dir.")
         return config, None
     if not (out / "params.json").exists():
