@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from vla_nb.core.stats import Stats, compute_stats
 from vla_nb.core.types import Feature, UserError
 from vla_nb.networks.blocks import attend, attention_bias, block_mask, rope_tables
-from vla_nb.networks.paligemma import GemmaLayer, PaliGemma, joint_layer
-from vla_nb.networks.vision import ConvStem
+from vla_nb.networks.paligemma import Gemma, GemmaLayer, PaliGemma, joint_layer, positions_of
+from vla_nb.networks.vision import ConvStem, SiglipTower
 from vla_nb.policies.base import (LANG_MASK, LANG_TOKENS, QUESTION, SUFFIX_LOSS, SUFFIX_MASK, SUFFIX_TOKENS, Policy,
                                   check_policy, first_row, train_on_one_batch, widen)
 from vla_nb.policies.fake import FakeConfig, FakePolicy, fake_batch
@@ -58,7 +58,15 @@ def tensors(batch): return {k: v for k, v in batch.items() if torch.is_tensor(v)
 
 
 @pytest.fixture(scope="module")
-def policy(): return build(Pi0FastConfig.tiny(**SMALL))
+def policy():
+    "A policy trained a little, so that it writes tokens of different lengths."
+    policy = build(Pi0FastConfig.tiny(**SMALL))
+    batch = tensors(policy.preprocessor(raw_batch(policy, 32)))
+    optimizer = torch.optim.AdamW(policy.train().optim_groups(5e-3, 0.0))
+    for _ in range(60):
+        optimizer.zero_grad(); policy(batch)[0].backward(); optimizer.step()
+    optimizer.zero_grad()
+    return policy.eval()
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +143,38 @@ def test_two_streams_with_their_own_widths():
     torch.testing.assert_close(first, alone)
     second.sum().backward()
     assert a.self_attn.k_proj.weight.grad.abs().sum() > 0 and b.mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_trunk_equals_transformers_gemma():
+    "Same weights under the same names: every hidden state equals transformers' Gemma, with padding in the batch."
+    from transformers import GemmaConfig, GemmaModel
+    torch.manual_seed(0)
+    ours = Gemma(vocab_size=50, width=32, depth=3, mlp_dim=64, heads=4, kv_heads=2, head_dim=8).eval()
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if "norm" in name: p.normal_(std=0.2)
+    theirs = GemmaModel(GemmaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                    num_key_value_heads=2, head_dim=8, hidden_activation="gelu_pytorch_tanh")).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids, valid = torch.randint(50, (2, 7)), torch.arange(7) < torch.tensor([[7], [4]])
+    with torch.no_grad():
+        wanted = theirs(ids, attention_mask=valid.long(), output_hidden_states=True).hidden_states
+        bias = attention_bias(block_mask(torch.ones(2, 7), valid), torch.float32)
+        for layer in range(4):
+            found = ours.run(ours.embed(ids), positions_of(valid), bias, layer=layer)
+            torch.testing.assert_close(found[valid], wanted[layer][valid], atol=1e-5, rtol=1e-5)
+
+
+def test_tower_equals_transformers_siglip():
+    "Same weights, same names below `vision_model`: the tokens equal transformers' SigLIP."
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    torch.manual_seed(0)
+    theirs = SiglipVisionModel(SiglipVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                  image_size=28, patch_size=14, vision_use_head=False)).eval()
+    ours = SiglipTower(24, 2, 4, 48, image_size=28, patch=14).eval()
+    ours.vision_model.load_state_dict({k.removeprefix("vision_model."): v for k, v in theirs.state_dict().items()})
+    images = torch.rand(3, 3, 28, 28) * 2 - 1
+    with torch.no_grad(): torch.testing.assert_close(ours(images[:, None]), theirs(images).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
 def test_published_geometry_on_the_meta_device():
@@ -291,9 +331,8 @@ def test_hidden_states_are_numbered_as_in_transformers(policy, batch):
         prefix = policy.embed(batch)
         assert torch.equal(policy.features(batch, 0)[0], prefix.x)
         lm = policy.model.language_model
-        raw = policy.features(batch, -2)[0]
-        assert torch.equal(raw, policy.features(batch, lm.layers.__len__() - 1)[0])
-        rms = policy.features(batch, -1)[0].pow(2).mean(-1).sqrt()
+        assert torch.equal(policy.features(batch, -2)[0], policy.features(batch, len(lm.layers) - 1)[0])
+        rms = (policy.features(batch, -1)[0] / (1 + lm.norm.weight)).pow(2).mean(-1).sqrt()
         torch.testing.assert_close(rms, torch.ones_like(rms), atol=1e-2, rtol=0)
     assert (policy.num_hidden_states, policy.hidden_dim) == (4, 32)
     h, masks = policy.features(batch, -2)

@@ -152,7 +152,7 @@ def pin(
     expect: dict,  # of the manifest so far; its tolerances are kept
 ) -> str:          # new text
     "Write hash and facts into a manifest."
-    head = re.sub(r'(?m)^sha256 = ".*"$', f'sha256 = "{digest}"', text.split("[expect]")[0])
+    head = re.sub(r'(?m)^sha256 = ".*"$', f'sha256 = "{digest}"', re.split(r"(?m)^\[expect\]", text)[0])
     kept = {k: v for k, v in expect.items() if k.endswith("tolerance")}
     lines = [f"{k} = {toml_value(v)}" for k, v in {**facts, **kept}.items() if k != "statistics"]
     for key, table in facts.get("statistics", {}).items():

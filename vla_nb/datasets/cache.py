@@ -40,7 +40,7 @@ class FrameCache:
         for key, c in self.manifest["cameras"].items():
             path = self.folder / c["file"]
             if not path.is_file() or path.stat().st_size != c["bytes"]:
-                raise UserError(f"frame cache {folder}: {c['file']} is missing or truncated; delete the folder and rebuild")
+                raise UserError(f"frame cache {folder}: {c['file']} is missing or truncated; delete and rebuild")
 
     @classmethod
     def open(cls, folder) -> "FrameCache":
@@ -54,15 +54,17 @@ class FrameCache:
     def __len__(self): return self.manifest["frames"]
     def __getstate__(self): return {"folder": self.folder, "manifest": self.manifest, "_maps": {}}
 
-    def frames(self,
-        key: str,  # camera
-        rows,  # global frame numbers [n]
-    ) -> np.ndarray:  # uint8 [n, C, h, w], a copy
-        "Some pictures of a camera."
-        if key not in self.manifest["cameras"]: raise UserError(f"frame cache {self.folder} has no camera {key!r}")
-        if key not in self._maps:
-            self._maps[key] = np.load(self.folder / self.manifest["cameras"][key]["file"], mmap_mode="r")
-        return self._maps[key][np.asarray(rows, np.int64)]
+# %% ../../nbs/datasets/130_cache.ipynb #95d5cf79
+@patch
+def frames(self: FrameCache,
+    key: str,  # camera
+    rows,  # global frame numbers [n]
+) -> np.ndarray:  # uint8 [n, C, h, w], a copy
+    "Some pictures of a camera."
+    if key not in self.manifest["cameras"]: raise UserError(f"frame cache {self.folder} has no camera {key!r}")
+    if key not in self._maps:
+        self._maps[key] = np.load(self.folder / self.manifest["cameras"][key]["file"], mmap_mode="r")
+    return self._maps[key][np.asarray(rows, np.int64)]
 
 # %% ../../nbs/datasets/130_cache.ipynb #cb95dcb1
 @patch

@@ -103,7 +103,8 @@ def write_tasks(
     kinds = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
     meta = {"index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
             "creator": {"library": "pyarrow", "version": pa.__version__},
-            "columns": [{"name": n, "field_name": n, "pandas_type": p, "numpy_type": d, "metadata": None} for n, p, d in kinds]}
+            "columns": [{"name": n, "field_name": n, "pandas_type": p, "numpy_type": d, "metadata": None}
+                        for n, p, d in kinds]}
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
     with atomic_write(path) as f: pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(meta)}), f)
 

@@ -31,8 +31,8 @@ def read_questions(
             names = [row["image_path"]] if isinstance(row["image_path"], str) else row["image_path"]
             row["choices"][row["answer_index"]], row["question"]
         except (json.JSONDecodeError, KeyError, IndexError, TypeError) as e:
-            raise UserError(f"{path}, line {n}: not a question ({type(e).__name__}: {e}); it needs image_path, question, "
-                            "choices and answer_index.") from e
+            raise UserError(f"{path}, line {n}: not a question ({type(e).__name__}: {e}); it needs image_path, "
+                            "question, choices and answer_index.") from e
         images = [path.parent / p if (path.parent / p).is_file() else Path(p) for p in names]
         gone = next((p for p in images if not p.is_file()), None)
         if gone: raise UserError(f"{path}, line {n}: picture {gone} does not exist; correct image_path or restore it.")
@@ -65,7 +65,7 @@ def load_pictures(
         pictures.append(pixels)
     return torch.stack(pictures)
 
-
+# %% ../../nbs/datasets/160_questions.ipynb #d4d7df2f
 class QuestionDataset(Dataset):
     "Questions with their right answers as training samples."
     def __init__(

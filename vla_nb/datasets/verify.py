@@ -118,8 +118,8 @@ def check_samples(root: Path, deep: bool) -> str:
         have = len(video_reader(path))
         if have != n: raise UserError(f"{path.relative_to(root)} holds {have} frames, its episodes claim {n}")
     pick = np.unique(np.linspace(0, ds.num_episodes - 1, 50).astype(int))
-    some = {i for e in pick for i in (ds.meta.episodes[e]["dataset_from_index"], ds.meta.episodes[e]["dataset_to_index"] - 1)}
-    rows = list(range(len(ds))) if deep else sorted(some)
+    some = {i for e in pick for i in (ds._starts[e], ds._starts[e + 1] - 1)}
+    rows = list(range(len(ds))) if deep else sorted(int(i) for i in some)
     for a in bar(range(0, len(rows), 64), desc="samples"):
         for i, item in zip(rows[a:a + 64], ds.__getitems__(rows[a:a + 64])):
             for key, f in ds.features.items():

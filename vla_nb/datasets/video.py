@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from fastcore.basics import patch
 from ..core.types import UserError
 
 # %% ../../nbs/datasets/100_video.ipynb #c3660e79
@@ -36,7 +37,7 @@ class VideoWriter:
         if vcodec not in CODECS:
             raise UserError(f"video codec {vcodec!r} is unknown; choose one of {', '.join(CODECS)}")
         if shape[0] % 2 or shape[1] % 2:
-            raise UserError(f"video needs even sides, got {shape[0]}x{shape[1]}; crop the pictures or use dtype 'image'")
+            raise UserError(f"video needs even sides, got {shape[0]}x{shape[1]}; crop them or use dtype 'image'")
         encoder, quality, options = CODECS[vcodec]
         if vcodec == "av1": os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its banner otherwise
         options = options | {"g": str(g), "crf": str(quality if crf is None else crf)}
@@ -46,23 +47,26 @@ class VideoWriter:
         self._stream = self._file.add_stream(encoder, rate=fps, options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = *shape[:2], "yuv420p"
 
-    def add(self, image):
-        "Encode one picture: uint8 [H, W, 3]."
-        if image.dtype != np.uint8 or image.shape != self.shape:
-            raise UserError(f"{self.path.name} takes uint8 {self.shape} pictures, got {image.dtype} {image.shape}")
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        frame.pts, frame.duration, frame.time_base = self.count, 1, self._time_base
-        frame = self._reformat.reformat(frame, format="yuv420p")
-        try: self._file.mux(self._stream.encode(frame))
-        except av.error.FFmpegError as e: raise UserError(f"cannot encode {self.path}: {e}") from e
-        self.count += 1
+# %% ../../nbs/datasets/100_video.ipynb #b9470240
+@patch
+def add(self: VideoWriter, image):
+    "Encode one picture: uint8 [H, W, 3]."
+    if image.dtype != np.uint8 or image.shape != self.shape:
+        raise UserError(f"{self.path.name} takes uint8 {self.shape} pictures, got {image.dtype} {image.shape}")
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    frame.pts, frame.duration, frame.time_base = self.count, 1, self._time_base
+    frame = self._reformat.reformat(frame, format="yuv420p")
+    try: self._file.mux(self._stream.encode(frame))
+    except av.error.FFmpegError as e: raise UserError(f"cannot encode {self.path}: {e}") from e
+    self.count += 1
 
-    def close(self):
-        "Flush the encoder and complete the file."
-        try:
-            self._file.mux(self._stream.encode(None))
-            self._file.close()
-        except av.error.FFmpegError as e: raise UserError(f"cannot complete {self.path}: {e}") from e
+@patch
+def close(self: VideoWriter):
+    "Flush the encoder and complete the file."
+    try:
+        self._file.mux(self._stream.encode(None))
+        self._file.close()
+    except av.error.FFmpegError as e: raise UserError(f"cannot complete {self.path}: {e}") from e
 
 # %% ../../nbs/datasets/100_video.ipynb #fb9f4f08
 def encode_video(
@@ -96,7 +100,7 @@ def frame_table(
     packets.sort()
     return np.array([t for t, _ in packets], np.int64), np.flatnonzero([k for _, k in packets])
 
-# %% ../../nbs/datasets/100_video.ipynb #b9470240
+# %% ../../nbs/datasets/100_video.ipynb #3af676a9
 class VideoReader:
     "Random access to the frames of one video file; not to be shared between threads or processes."
     SKIP = 8  # frames that are cheaper to decode through than to jump over
@@ -118,38 +122,43 @@ class VideoReader:
 
     def __len__(self): return len(self._ticks)
 
-    def _decode(self, i):
-        "RGB picture number i."
-        key = int(self._keys[max(np.searchsorted(self._keys, i, side="right") - 1, 0)])
-        if not 0 <= self._next <= i or key > self._next + self.SKIP:
-            self._file.seek(int(self._ticks[key]), stream=self._stream)
-            self._frames = self._file.decode(self._stream)
-        for frame in self._frames:
-            at = int(np.searchsorted(self._ticks, frame.pts))
-            self._next = at + 1
-            if at == i: return self._convert.reformat(frame, format="rgb24").to_ndarray()
-            if at > i: break
+# %% ../../nbs/datasets/100_video.ipynb #87851035
+@patch
+def _decode(self: VideoReader, i):
+    "RGB picture number i."
+    key = int(self._keys[max(np.searchsorted(self._keys, i, side="right") - 1, 0)])
+    if not 0 <= self._next <= i or key > self._next + self.SKIP:
+        self._file.seek(int(self._ticks[key]), stream=self._stream)
+        self._frames = self._file.decode(self._stream)
+    for frame in self._frames:
+        at = int(np.searchsorted(self._ticks, frame.pts))
+        self._next = at + 1
+        if at == i: return self._convert.reformat(frame, format="rgb24").to_ndarray()
+        if at > i: break
+    self._next = -1
+    raise UserError(f"{self.path}: frame {i} of {len(self)} cannot be decoded; the file is damaged")
+
+@patch
+def frames(self: VideoReader,
+    indices,  # frame numbers [n], any order, repeats allowed
+) -> np.ndarray:  # uint8 [n, H, W, 3]
+    "The pictures with these numbers."
+    wanted, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+    if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
+        raise UserError(f"{self.path} holds {len(self)} frames; frame {wanted[-1]} was asked for (file truncated?)")
+    out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
+    try:
+        for k, i in enumerate(wanted.tolist()): out[k] = self._decode(i)
+    except av.error.FFmpegError as e:
         self._next = -1
-        raise UserError(f"{self.path}: frame {i} of {len(self)} cannot be decoded; the file is damaged")
+        raise UserError(f"{self.path}: decoding failed ({e}); the file is damaged") from e
+    return out[inverse]
 
-    def frames(self,
-        indices,  # frame numbers [n], any order, repeats allowed
-    ) -> np.ndarray:  # uint8 [n, H, W, 3]
-        "The pictures with these numbers."
-        wanted, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
-            raise UserError(f"{self.path} holds {len(self)} frames; frame {wanted[-1]} was asked for (file truncated?)")
-        out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
-        try:
-            for k, i in enumerate(wanted.tolist()): out[k] = self._decode(i)
-        except av.error.FFmpegError as e:
-            self._next = -1
-            raise UserError(f"{self.path}: decoding failed ({e}); the file is damaged") from e
-        return out[inverse]
-
-    def close(self):
-        "Close the file."
-        self._file.close()
+# %% ../../nbs/datasets/100_video.ipynb #65cc484f
+@patch
+def close(self: VideoReader):
+    "Close the file."
+    self._file.close()
 
 # %% ../../nbs/datasets/100_video.ipynb #46f6c2f5
 MAX_OPEN = 32  # open video files per thread

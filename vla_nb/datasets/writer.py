@@ -43,7 +43,7 @@ class DatasetWriter:
     ):
         if int(fps) != fps or fps <= 0: raise UserError(f"fps must be a whole positive number, got {fps}")
         if Path(root).is_dir() and any(Path(root).iterdir()):
-            raise UserError(f"{root} is not empty; choose a new folder, or append to a dataset with DatasetWriter.resume")
+            raise UserError(f"{root} is not empty; choose a new folder, or append with DatasetWriter.resume")
         self._setup(root, {"fps": int(fps), "robot_type": robot_type, "repo_id": repo_id, "vcodec": vcodec, "crf": crf,
                            "data_mb": data_mb, "video_mb": video_mb, "features": features})
 
@@ -68,11 +68,14 @@ class DatasetWriter:
     @property
     def total_episodes(self): return self._committed + len(self._records)
     def __enter__(self): return self
-    def __exit__(self, kind, error, trace):
-        if self._closed: return
-        self.discard_episode()
-        if self._records: self.finalize()
-        else: self._close()
+
+# %% ../../nbs/datasets/120_writer.ipynb #656505cb
+@patch
+def __exit__(self: DatasetWriter, kind, error, trace):
+    if self._closed: return
+    self.discard_episode()
+    if self._records: self.finalize()
+    else: self._close()
 
 # %% ../../nbs/datasets/120_writer.ipynb #b0db2353
 @patch
@@ -260,7 +263,7 @@ def _saved(self: DatasetWriter, row, name):
     "A file of a saved episode."
     return self.journal / f"episode-{row['episode_index']:06d}" / name
 
-# %% ../../nbs/datasets/120_writer.ipynb #656505cb
+# %% ../../nbs/datasets/120_writer.ipynb #38d36636
 @patch
 def _pack_data(self: DatasetWriter, rows, info):
     "Write the data files of the new episodes."
@@ -272,6 +275,7 @@ def _pack_data(self: DatasetWriter, rows, info):
                 for i in group: out.write_table(read_table(parts[i]))
         for i in group: rows[i] |= {"data/chunk_index": chunk, "data/file_index": number}
 
+# %% ../../nbs/datasets/120_writer.ipynb #0c1475f2
 @patch
 def _pack_videos(self: DatasetWriter, key, rows, info):
     "Write the video files of one camera of the new episodes."
@@ -289,7 +293,8 @@ def _pack_videos(self: DatasetWriter, key, rows, info):
         sync_folder(path.parent)
         for i in group:
             rows[i] |= {f"{prefix}/chunk_index": chunk, f"{prefix}/file_index": number,
-                        f"{prefix}/from_timestamp": first / fps, f"{prefix}/to_timestamp": (first + rows[i]["length"]) / fps}
+                        f"{prefix}/from_timestamp": first / fps,
+                        f"{prefix}/to_timestamp": (first + rows[i]["length"]) / fps}
             first += rows[i]["length"]
         if count != first: raise UserError(f"{path}: {count} pictures for {first} frames; the recording is damaged")
 

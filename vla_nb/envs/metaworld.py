@@ -7,6 +7,7 @@ __all__ = ['TASKS', 'OBJECTS', 'FPS', 'VIEWS', 'SIZE', 'HIDDEN', 'FIXTURES', 'sc
 
 # %% ../../nbs/envs/760_metaworld.ipynb #d6fc8748
 import warnings
+import weakref
 import numpy as np
 from fastcore.basics import patch
 from ..core.types import UserError
@@ -66,14 +67,13 @@ class MetaWorld:
         self._env, self._full = scene_class(task)(), None
         self._env.max_path_length = 10**9  # how long an episode may be is the caller's business
         self._env._freeze_rand_vec, self._env.seeded_rand_vec, self._env._set_task_called = False, True, True
-        _users.setdefault(task, []).append(self)
+        _users.setdefault(task, weakref.WeakSet()).add(self)
 
     def close(self):
-        users = _users.get(self.task, [])
-        if self in users: users.remove(self)
-        if users or self.task not in _models: return
-        for key in [k for k in _renderers if k[0] == self.task]: _renderers.pop(key).close()
-        del _models[self.task]
+        users, key = _users[self.task], (self.task, self.size)
+        users.discard(self)
+        if key in _renderers and not any(u.size == self.size for u in users): _renderers.pop(key).close()
+        if not users: _models.pop(self.task, None)
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()

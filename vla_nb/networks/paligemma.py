@@ -100,8 +100,9 @@ class Gemma(nn.Module):
 
 # %% ../../nbs/networks/320_paligemma.ipynb #c4f7cece
 @patch
-def embed(self: Gemma, ids: torch.Tensor # [B, L] int64
-    ) -> torch.Tensor:        # [B, L, width]
+def embed(self: Gemma,
+    ids: torch.Tensor,  # [B, L] int64
+) -> torch.Tensor:      # [B, L, width]
     "Token embeddings times sqrt(width)."
     return self.embed_tokens(ids) * math.sqrt(self.width)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'policy_config', 'loaded_policy', 'use_statistics', 'picture_shape', 'make_policy', 'widths', 'open_dataset',
            'open_replay', 'other_parts', 'revision', 'provenance', 'heldout', 'craft_hooks', 'same_data', 'build_run',
-           'pick_device', 'main', 'remove_if_empty', 'run_status', 'is_locked', 'status_line', 'status']
+           'pick_device', 'main', 'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
 
 # %% ../../nbs/training/630_command.ipynb #a4481ab2
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import vla_nb
 from ..core.config import apply_flags, parse_flags, to_dict
 from ..core.files import file_lock, read_json, read_jsonl, sha256_file, write_json
 from ..core.settings import settings
@@ -52,7 +53,7 @@ def policy_config(
                         output_features={k: f for k, f in features.items() if k == ACTION})
     return apply_flags(config, flags, "policy.")
 
-
+# %% ../../nbs/training/630_command.ipynb #0fb058ee
 def loaded_policy(
     flags: dict,            # policy.* with path
     meta: DatasetMetadata,  # its statistics are used when stats is "dataset"
@@ -67,12 +68,11 @@ def loaded_policy(
         changed = type(policy)(apply_flags(policy.config, flags, "policy."), policy.preprocessor, policy.postprocessor)
         try: changed.load_state_dict(policy.state_dict())
         except RuntimeError as e:
-            raise UserError(f"--policy.{next(iter(flags))} does not fit the weights of the checkpoint; leave it out, or "
-                            "train a new policy with --policy.type.") from e
+            raise UserError(f"--policy.{next(iter(flags))} does not fit the weights of the checkpoint; leave it out, "
+                            "or train a new policy with --policy.type.") from e
         policy = changed
     if stats == "dataset": use_statistics(policy, meta)
     return policy
-
 
 def use_statistics(
     policy,                 # its pipelines are changed
@@ -83,7 +83,7 @@ def use_statistics(
     for step in (*policy.preprocessor.steps, *policy.postprocessor.steps):
         if hasattr(step, "set_stats"): step.set_stats(meta.stats.features)
 
-# %% ../../nbs/training/630_command.ipynb #0fb058ee
+# %% ../../nbs/training/630_command.ipynb #f976564e
 def picture_shape(
     config,                 # of the policy
     meta: DatasetMetadata,  # gives the pictures' own size
@@ -94,12 +94,12 @@ def picture_shape(
     missing = [c for c in cameras if c not in meta.camera_keys]
     if missing: raise UserError(f"the policy reads {missing[0]!r}; {meta.root} has {', '.join(meta.camera_keys)}.")
     sizes = {tuple(f.shape[1:]) for k, f in features_from_dataset(meta.features).items() if k in cameras}
-    if len(sizes) > 1: raise UserError(f"the cameras of {meta.root} have different sizes {sorted(sizes)}; one is needed.")
+    if len(sizes) > 1: raise UserError(f"the cameras of {meta.root} have sizes {sorted(sizes)}; one size is needed.")
     size = sizes.pop()
     if cached and getattr(config, "image_resize", None) == "area": size = (config.image_size, config.image_size)
     return Shape(cameras, size, config.chunk_size, cached)
 
-
+# %% ../../nbs/training/630_command.ipynb #9b1227f2
 def make_policy(
     config: TrainConfig,    # of the run
     meta: DatasetMetadata,  # of the demonstrations
@@ -108,7 +108,7 @@ def make_policy(
     "The policy to train, and the data beside which it was made."
     flags, policy = dict(config.policy), None
     if not flags.keys() & {"path", "type"}:
-        raise UserError("vla-nb train needs --policy.type=TYPE for a new policy or --policy.path=FOLDER for a saved one.")
+        raise UserError("vla-nb train needs --policy.type=TYPE (a new policy) or --policy.path=FOLDER (a saved one).")
     if checkpoint: policy = load_policy(checkpoint)
     elif "path" in flags: policy = loaded_policy(flags, meta, config.dataset.stats)
     else: cls = policy_class(flags.pop("type"))
@@ -124,17 +124,17 @@ def make_policy(
         policy = cls.from_data(settled, texts=texts, action_chunks=demos.chunks(), stats=meta.stats)
     return policy, shape, demos, questions
 
-
 def widths(config) -> tuple[int, int]:
     "Length of state and action."
     state = config.input_features.get(OBS_STATE)
     return (state.shape[0] if state else 0), config.output_features[ACTION].shape[0]
 
-# %% ../../nbs/training/630_command.ipynb #f976564e
+# %% ../../nbs/training/630_command.ipynb #6fdde69f
 def open_dataset(flags: DatasetFlags) -> DatasetMetadata:
     "Metadata of the demonstrations."
     if flags.root and flags.repo_id: return DatasetMetadata(flags.repo_id, root=flags.root)
-    if not flags.root and not flags.repo_id: raise UserError("vla-nb train needs --dataset.root=FOLDER or --dataset.repo_id.")
+    if not flags.root and not flags.repo_id:
+        raise UserError("vla-nb train needs --dataset.root=FOLDER or --dataset.repo_id=OWNER/NAME.")
     if flags.stats not in ("dataset", "checkpoint"):
         raise UserError(f"--dataset.stats is {flags.stats!r}; choose dataset or checkpoint.")
     return DatasetMetadata(flags.root or flags.repo_id)
@@ -157,11 +157,11 @@ def other_parts(config: TrainConfig, questions, replay) -> list[Part]:
     if replay: parts.append(Part("replay", replay, config.replay.fraction, None))
     return parts
 
-# %% ../../nbs/training/630_command.ipynb #9b1227f2
+# %% ../../nbs/training/630_command.ipynb #63bf2dcf
 def revision() -> str | None:
     "Git revision of this package's source, with + when files have changed; None outside a repository."
     def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        return subprocess.run(["git", "-C", vla_nb.__path__[0], *words], capture_output=True, text=True)
     head = git("rev-parse", "HEAD")
     if head.returncode: return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "")
@@ -178,7 +178,8 @@ def provenance(
         except PackageNotFoundError: return None
     names = ("vla_nb", "torch", "accelerate", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "av")
     questions = [p for p in (config.questions.jsonl, config.replay.questions) if p]
-    return {"command": ["vla-nb", "train", *argv], "config": to_dict(config), "seed": config.seed, "revision": revision(),
+    return {"command": ["vla-nb", "train", *argv], "config": to_dict(config), "seed": config.seed,
+            "revision": revision(),
             "versions": {"python": platform.python_version(), **{n: installed(n) for n in names}},
             "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
                         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
@@ -211,7 +212,7 @@ def heldout(
         return {"heldout_loss": loss / count, "heldout_targets": int(count)}
     return evaluate
 
-# %% ../../nbs/training/630_command.ipynb #6fdde69f
+# %% ../../nbs/training/630_command.ipynb #21d83803
 def craft_hooks(flags: dict) -> list:
     "The CRaFT hook, when it is enabled."
     settled = craft_config(flags)
@@ -223,7 +224,6 @@ def craft_hooks(flags: dict) -> list:
         raise UserError(f"--craft.{next(iter(flags))} is given but CRaFT is off; add --craft.enabled=true (or =false).")
     return []
 
-
 def same_data(out: Path, now: dict):
     "Refuse to resume on other data than the run was started with."
     before = read_json(out / "params.json")
@@ -231,7 +231,7 @@ def same_data(out: Path, now: dict):
                        ("a question file", before["questions"], now["questions"])):
         if a != b: raise UserError(f"{name} has changed since {out} was started; a resumed run needs the same data.")
 
-
+# %% ../../nbs/training/630_command.ipynb #6ac299df
 def build_run(
     config: TrainConfig,     # of the run
     checkpoint: Path | None, # resume from here
@@ -246,7 +246,8 @@ def build_run(
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     mixture = mix(demos, others, config.batch_size, config.seed, rank, ranks)
     workers = place.workers if config.num_workers < 0 else config.num_workers
-    loop = LoopConfig(**{k: getattr(config, k) for k in SHARED}, mixed_precision=config.mixed_precision or place.precision)
+    precision = config.mixed_precision or place.precision
+    loop = LoopConfig(mixed_precision=precision, **{k: getattr(config, k) for k in SHARED})
     run = TrainRun(policy, config.optimizer, loop, batches_from(mixture, policy.preprocessor, workers), out, hooks,
                    to_dict(config), heldout(config, meta, shape), pick_device(config.device or place.device),
                    lambda first: {"seed": config.seed, "sources": [len(d) for d in mixture.datasets]})
@@ -257,44 +258,46 @@ def build_run(
     if run.main and not checkpoint: write_json(out / "params.json", facts)
     return run
 
+SHARED = ("steps", "batch_size", "gradient_accumulation_steps", "log_freq", "save_freq", "eval_freq", "keep_last",
+          "seed")   # fields that TrainConfig and LoopConfig have in common
 
-SHARED = ("steps", "batch_size", "gradient_accumulation_steps", "log_freq", "save_freq", "eval_freq", "keep_last", "seed")
-
+# %% ../../nbs/training/630_command.ipynb #7ae7724e
 def pick_device(name: str) -> str:
     "auto is CUDA where there is one, else the CPU."
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../../nbs/training/630_command.ipynb #63bf2dcf
+# %% ../../nbs/training/630_command.ipynb #3f6b88fc
 def main(
     argv: list[str],  # words after `vla-nb train`
 ) -> int:             # 0 when the run is complete, 128 + number of the signal that stopped it
     "`vla-nb train`: train, fine-tune, resume."
     if {"--help", "-h"} & set(argv):
-        print("vla-nb train --output_dir=DIR --dataset.root=DIR --policy.type=TYPE|--policy.path=DIR [--config_path=FILE] …\n"
-              + help_text())
+        print("vla-nb train --output_dir=DIR --dataset.root=DIR --policy.type=TYPE|--policy.path=DIR "
+              "[--config_path=FILE] …\n" + help_text())
         return 0
     config, checkpoint = read_config(argv)
     out = Path(config.output_dir)
     first = int(os.environ.get("RANK", 0)) == 0
     with file_lock(out / ".lock", wait=False) if first else nullcontext():
-        try: run = build_run(config, checkpoint, argv)
-        except BaseException:
-            if first and not config.resume: remove_if_empty(out)
-            raise
-        count = sum(p.numel() for p in run.policy.parameters())
-        run.say(f"{run.policy.name}: {count:,} parameters, {sum(p.numel() for _, p in run.params):,} trained | "
-                f"{config.batch_size} × {config.gradient_accumulation_steps} × {run.world_size} samples a step | {out}")
-        ended = run.train()
+        try:
+            run = build_run(config, checkpoint, argv)
+            count = sum(p.numel() for p in run.policy.parameters())
+            run.say(f"{run.policy.name}: {count:,} parameters, {sum(p.numel() for _, p in run.params):,} trained | "
+                    f"{config.batch_size} × {config.gradient_accumulation_steps} × {run.world_size} samples a step | {out}")
+            ended = run.train()
+        finally:
+            if first and not (out / "metrics.jsonl").exists() and not checkpoint_steps(out): remove_unborn(out)
     if run.world_size > 1: torch.distributed.destroy_process_group()
     return 0 if ended == "done" else 128 + signal.Signals[ended].value
 
 
-def remove_if_empty(out: Path):
-    "Leave nothing behind of a run that never began."
-    (out / ".lock").unlink(missing_ok=True)
-    if out.is_dir() and not any(out.iterdir()): out.rmdir()
+def remove_unborn(out: Path):
+    "Leave nothing behind of a run that ended before its first step."
+    for name in ("params.json", "log.txt", ".lock"): (out / name).unlink(missing_ok=True)
+    for folder in (out / "checkpoints", out):
+        if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
-# %% ../../nbs/training/630_command.ipynb #7ae7724e
+# %% ../../nbs/training/630_command.ipynb #5075e488
 def run_status(
     out: Path,  # folder of a run
 ) -> dict:      # what is known about it
@@ -307,10 +310,9 @@ def run_status(
     pace = sum(pace) / len(pace) if pace else None
     done = last.get("step", 0)
     state = "done" if (out / "summary.json").exists() and done >= steps else "running" if is_locked(out) else "stopped"
-    return {"run": str(out), "state": state, "step": done, "steps": steps, "loss": last.get("loss"), "lr": last.get("lr"),
-            "seconds_per_step": pace, "seconds_left": pace * (steps - done) if pace else None, "checkpoints": saved,
+    return {"run": str(out), "state": state, "step": done, "steps": steps, "loss": last.get("loss"),
+            "lr": last.get("lr"), "seconds_per_step": pace, "seconds_left": pace * (steps - done) if pace else None, "checkpoints": saved,
             "memory": last.get("memory"), "skipped": sum("skipped" in row for row in rows)}
-
 
 def is_locked(out: Path) -> bool:
     "Whether a process holds the run."
@@ -319,7 +321,7 @@ def is_locked(out: Path) -> bool:
         with file_lock(out / ".lock", wait=False): return False
     except UserError: return True
 
-
+# %% ../../nbs/training/630_command.ipynb #5c6bc7e6
 def status_line(s: dict) -> str:
     "One line about a run."
     parts = [f"{s['run']}: {s['state']}", f"step {s['step']}/{s['steps']}"]
@@ -331,7 +333,6 @@ def status_line(s: dict) -> str:
     last = f"last checkpoint {s['checkpoints'][-1]}" if s["checkpoints"] else "no checkpoint"
     resume = "; continue with --resume=true" if s["state"] == "stopped" else ""
     return " | ".join([*parts, last + resume])
-
 
 def status(
     argv: list[str],  # words after `vla-nb status`

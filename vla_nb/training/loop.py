@@ -25,8 +25,8 @@ from ..core.progress import bar, format_log_line
 from ..core.types import UserError
 from .memory import memory_now, peak_tensor_bytes
 from .optim import OptimConfig, lr_factor, make_optimizer, set_lr
-from .state import (TrainingState, cut_rows, optimizer_tensors, read_state, restore_optimizer, restore_rng,
-                                   rng_tensors, save_checkpoint, seed_everything, tidy_checkpoints)
+from .state import (TrainingState, cut_rows, optimizer_tensors, read_state, restore_optimizer,
+                                   restore_rng, rng_tensors, save_checkpoint, seed_everything, tidy_checkpoints)
 
 # %% ../../nbs/training/620_loop.ipynb #c13917dd
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def skip(self: TrainRun,
     "Leave out this optimizer step; called by a hook, with the same decision on every rank."
     self.skip_reason = reason
 
+# %% ../../nbs/training/620_loop.ipynb #e255cc7f
 @patch
 def grads(self: TrainRun) -> list[torch.Tensor]:
     "The gradients that exist."
@@ -205,7 +206,7 @@ def count_skip(self: TrainRun):
         raise UserError(f"{MAX_SKIPS} steps in a row were skipped, the last because of: {self.skip_reason}; lower the "
                         "learning rate, or look at that tensor.")
 
-# %% ../../nbs/training/620_loop.ipynb #e255cc7f
+# %% ../../nbs/training/620_loop.ipynb #f2dbb8e7
 @patch
 def ask_hooks(self: TrainRun,
     moment: str,  # on_gradients | on_update
@@ -223,6 +224,7 @@ def clip(self: TrainRun) -> float:
         torch.nn.utils.clip_grads_with_norm_([p for _, p in self.params], self.optim.grad_clip_norm, norm)
     return float(norm)
 
+# %% ../../nbs/training/620_loop.ipynb #964eebad
 @patch
 def optimizer_step(self: TrainRun,
     batches: list[dict],  # all micro-batches of the step
@@ -271,7 +273,7 @@ def must_stop(self: TrainRun) -> bool:
     "Whether this was the last step for now; all ranks agree."
     return self.stopping if self.world_size > 1 else self.stop_signal is not None
 
-# %% ../../nbs/training/620_loop.ipynb #f2dbb8e7
+# %% ../../nbs/training/620_loop.ipynb #2e7e47f4
 @patch
 def all_rng(self: TrainRun) -> dict[str, torch.Tensor]:
     "Random states of all ranks: rank 0 plain, others with `rank<r>/` before the key."
@@ -297,6 +299,7 @@ def training_state(self: TrainRun) -> TrainingState:
     tensors, groups = optimizer_tensors(self.optimizer)
     return TrainingState(self.step, self.all_rng(), tensors, groups, scheduler, sampler, hooks, progress)
 
+# %% ../../nbs/training/620_loop.ipynb #c9c6f499
 @patch
 def save(self: TrainRun) -> Path:
     "Write the checkpoint of this step; when it fails on the main process, every process stops."
@@ -331,7 +334,7 @@ def load(self: TrainRun,
     if self.main:
         for name in ("metrics.jsonl", "eval.jsonl"): cut_rows(self.out_dir / name, self.step)
 
-# %% ../../nbs/training/620_loop.ipynb #964eebad
+# %% ../../nbs/training/620_loop.ipynb #8cde988e
 def jsonable(
     metrics: dict,  # numbers, tensors, texts, or dicts of them
 ) -> dict:          # the same for JSON: NaN and infinity become null
@@ -353,13 +356,14 @@ def record(self: TrainRun,
     if not self.main: return
     try: append_jsonl(self.out_dir / "metrics.jsonl", row)
     except OSError as e:
-        raise UserError(f"Step {self.step} could not be written to {self.out_dir / 'metrics.jsonl'}: {e}; free space on "
-                        "this disk and continue with --resume=true.") from e
+        raise UserError(f"Step {self.step} could not be written to {self.out_dir / 'metrics.jsonl'}: {e}; free space "
+                        "on this disk and continue with --resume=true.") from e
     if self.step % self.loop.log_freq == 0 or self.step == self.total_steps:
         shown = {k: row.get(k) for k in ("loss", "grad_norm", "lr", "update_s", "data_s")}
         parts = [format_log_line(self.step, self.total_steps, shown), *(hook.metrics_line() for hook in self.hooks)]
         self.say(" | ".join(filter(None, parts)))
 
+# %% ../../nbs/training/620_loop.ipynb #5d96967c
 @patch
 def run_evaluation(self: TrainRun):
     "Call the evaluation without touching the run's random numbers, and keep its metrics in eval.jsonl."
@@ -371,7 +375,7 @@ def run_evaluation(self: TrainRun):
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items()]
     self.say(" | ".join([f"eval {self.step}/{self.total_steps}", *shown]))
 
-# %% ../../nbs/training/620_loop.ipynb #2e7e47f4
+# %% ../../nbs/training/620_loop.ipynb #36eebf7f
 def to_device(
     batch: dict,  # tensors, and anything else
     device,       # where the tensors go
@@ -402,6 +406,7 @@ def one_step(self: TrainRun,
     self.train_seconds += done - start
     return {**metrics, "update_s": done - fetched, "data_s": fetched - start, "memory": memory_now(self.device)}
 
+# %% ../../nbs/training/620_loop.ipynb #83ec6662
 @patch
 def prepare(self: TrainRun):
     "Folder, random numbers and hooks before the first step; a resumed run then takes its random numbers back."
@@ -416,6 +421,7 @@ def prepare(self: TrainRun):
         self.resumed = None
         self.say(f"resumed after step {self.step} of {self.total_steps}")
 
+# %% ../../nbs/training/620_loop.ipynb #297cbb7f
 @patch
 def train(self: TrainRun) -> str:  # "done", or the name of the signal that stopped the run
     "Train to the end or to a signal; either way the last state is saved."

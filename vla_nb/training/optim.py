@@ -62,8 +62,9 @@ def check_groups(
     "Refuse groups that forget a trainable parameter or hold one twice."
     names, seen = {id(p): n for n, p in module.named_parameters() if p.requires_grad}, set()
     for p in (p for group in groups for p in group["params"]):
-        if id(p) not in names: raise UserError(f"optim_groups holds a tensor of shape {tuple(p.shape)} that is frozen or "
-                                               f"not of {type(module).__name__}; list trainable parameters only.")
+        if id(p) not in names:
+            raise UserError(f"optim_groups holds a tensor of shape {tuple(p.shape)} that is frozen or not of "
+                            f"{type(module).__name__}; list trainable parameters only.")
         if id(p) in seen: raise UserError(f"optim_groups lists {names[id(p)]} twice; keep it in one group.")
         seen.add(id(p))
     missing = [name for key, name in names.items() if key not in seen]

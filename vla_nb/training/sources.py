@@ -34,15 +34,17 @@ def select_episodes(
         if ":" in text: chosen = range(meta.total_episodes)[slice(*(int(n) if n else None for n in text.split(":")))]
         else: chosen = [int(n) for n in text.split(",")]
     except ValueError as e:
-        raise UserError(f"dataset.episodes={spec!r} is neither a split of {meta.root} ({', '.join(meta.splits) or 'none'}), "
-                        "nor a range 0:120, nor a list 0,3,7.") from e
+        raise UserError(f"dataset.episodes={spec!r} is neither a split of {meta.root} "
+                        f"({', '.join(meta.splits) or 'it has none'}), nor a range 0:120, nor a list 0,3,7.") from e
     bad = [n for n in chosen if not 0 <= n < meta.total_episodes]
     if bad: raise UserError(f"dataset.episodes names episode {bad[0]}; {meta.root} has {meta.total_episodes}.")
     wanted = [t.strip() for t in tasks.split(",")] if tasks else meta.tasks
     unknown = [t for t in wanted if t not in meta.tasks]
-    if unknown: raise UserError(f"dataset.tasks names {unknown[0]!r}; the tasks of {meta.root} are: {', '.join(meta.tasks)}.")
+    if unknown:
+        raise UserError(f"dataset.tasks names {unknown[0]!r}; the tasks of {meta.root} are: {', '.join(meta.tasks)}.")
     found = [n for n in chosen if set(meta.episodes[n]["tasks"]) <= set(wanted)]
-    if not found: raise UserError(f"dataset.episodes={spec!r} with dataset.tasks={tasks!r} leaves no episode of {meta.root}.")
+    if not found:
+        raise UserError(f"dataset.episodes={spec!r} with dataset.tasks={tasks!r} leaves no episode of {meta.root}.")
     return found
 
 # %% ../../nbs/training/625_sources.ipynb #0acf1c19
@@ -54,7 +56,7 @@ class Shape:
     chunk_size: int    # actions per sample
     cached: bool       # take pictures from a frame cache
 
-
+# %% ../../nbs/training/625_sources.ipynb #475c18ad
 class Demonstrations(Dataset):
     "Frames of a LeRobot dataset as training samples."
     def __init__(
@@ -73,7 +75,7 @@ class Demonstrations(Dataset):
         self.keys = [*shape.cameras, OBS_STATE, ACTION, ACTION_PAD, TASK]
         self.rows = np.arange(len(self.frames)) if rows is None else np.asarray(rows)
         if len(self.rows) and self.rows.max() >= len(self.frames):
-            raise UserError(f"frame {self.rows.max()} was asked for; {meta.root} has {len(self.frames)} in these episodes.")
+            raise UserError(f"frame {self.rows.max()} was asked for; there are {len(self.frames)} of {meta.root}.")
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.__getitems__([i])[0]
@@ -93,7 +95,7 @@ class Demonstrations(Dataset):
         steps = self.rows[:, None] + np.arange(len(self.frames.offsets[ACTION]))
         return self.frames.columns[ACTION][np.minimum(steps, ends[:, None] - 1)]
 
-
+# %% ../../nbs/training/625_sources.ipynb #c22177b3
 def open_cache(
     meta: DatasetMetadata,  # of the dataset
     size: tuple,            # (height, width)
@@ -102,7 +104,7 @@ def open_cache(
     folder = settings().cache_root / f"frames-{meta.fingerprint()[:16]}-{size[0]}x{size[1]}"
     with file_lock(folder.with_suffix(".lock")): return FrameCache.build(meta.root, folder, size)
 
-# %% ../../nbs/training/625_sources.ipynb #c22177b3
+# %% ../../nbs/training/625_sources.ipynb #c24cca1e
 class Joined(Dataset):
     "Several datasets one after the other."
     def __init__(self, parts: list):
@@ -113,20 +115,19 @@ class Joined(Dataset):
         part = int(np.searchsorted(self.ends, i, side="right"))
         return self.parts[part][i - (int(self.ends[part - 1]) if part else 0)]
 
-
 def replay_samples(
     anchors,            # folder of an anchor cache
 ) -> tuple[list[int], list[str]]:  # frame numbers in the dataset, question ids
     "Which samples an anchor cache was made from."
     file = Path(anchors) / "manifest.json"
-    if not file.is_file(): raise UserError(f"replay.anchors: {file} does not exist; give the folder of an anchor cache.")
+    if not file.is_file(): raise UserError(f"replay.anchors: {file} is missing; give the folder of an anchor cache.")
     samples = read_json(file).get("samples", [])
     frames = [s["index"] for s in samples if s["kind"] == "frame"]
     asked = [s["id"] for s in samples if s["kind"] == "question"]
-    if not samples: raise UserError(f"replay.anchors: {file} names no samples; build the cache with `vla-nb anchors build`.")
+    if not samples: raise UserError(f"replay.anchors: {file} names no samples; build it with `vla-nb anchors build`.")
     return frames, asked
 
-
+# %% ../../nbs/training/625_sources.ipynb #9708d3c5
 def replay_dataset(
     meta: DatasetMetadata,  # dataset of the frames
     questions,              # question file, or None
@@ -136,11 +137,10 @@ def replay_dataset(
     blank: tuple,           # (state_dim, action_dim) of a question's zeros
 ) -> Dataset:
     "The samples of an anchor cache with their true labels."
-    if asked and not questions: raise UserError("replay: the anchors hold questions; give --replay.questions=FILE.jsonl.")
+    if asked and not questions: raise UserError("replay: the anchors hold questions; give --replay.questions=FILE.")
     parts = [Demonstrations(meta, None, shape, frames)] if frames else []
     if asked: parts.append(open_questions(questions, shape, blank, asked))
     return Joined(parts)
-
 
 def open_questions(
     path,               # question file
@@ -151,7 +151,7 @@ def open_questions(
     "Questions with pictures and zeros that fit the demonstrations beside them."
     return QuestionDataset(path, shape.cameras, shape.size, blank[0], (shape.chunk_size, blank[1]), ids)
 
-# %% ../../nbs/training/625_sources.ipynb #c24cca1e
+# %% ../../nbs/training/625_sources.ipynb #a762c933
 @dataclass(frozen=True)
 class Part:
     "One source of a batch."
@@ -159,7 +159,6 @@ class Part:
     dataset: Dataset     # its samples
     share: float         # of every batch, between 0 and 1
     groups: list | None  # group of every sample, drawn equally often; None draws all samples equally often
-
 
 def mix(
     demos: Demonstrations,  # take what the others leave
@@ -171,14 +170,16 @@ def mix(
 ) -> Mixture:
     "A mixture with the given shares; `mixture[k]` is batch k of this process."
     for part in others:
-        if not 0 < part.share <= 1: raise UserError(f"--{part.name}.fraction is {part.share}; it must be above 0, at most 1.")
+        if not 0 < part.share <= 1:
+            raise UserError(f"--{part.name}.fraction is {part.share}; it must be above 0 and at most 1.")
     left = 1 - sum(part.share for part in others)
-    if left < -1e-9: raise UserError(f"{' and '.join(p.name for p in others)} fill more than the whole batch; lower a fraction.")
+    if left < -1e-9:
+        raise UserError(f"{' and '.join(p.name for p in others)} fill more than the whole batch; lower a fraction.")
     parts = [Part("demonstrations", demos, left, demos.groups)] if left > 1e-9 else []
     parts += others
     return Mixture([(p.dataset, p.share) for p in parts], batch_size, seed, [p.groups for p in parts], rank, world_size)
 
-
+# %% ../../nbs/training/625_sources.ipynb #5876970a
 def batches_from(
     mixture: Mixture,       # batch k of this process
     preprocess,             # raw batch -> what the policy reads

@@ -37,7 +37,6 @@ def rng_tensors() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available(): found["torch_cuda_rng_state"] = torch.cuda.get_rng_state()
     return found
 
-
 def restore_rng(
     tensors: dict[str, torch.Tensor],  # made by `rng_tensors`
 ):
@@ -52,14 +51,14 @@ def restore_rng(
     if torch.cuda.is_available() and "torch_cuda_rng_state" in tensors:
         torch.cuda.set_rng_state(tensors["torch_cuda_rng_state"])
 
-
+# %% ../../nbs/training/610_state.ipynb #281148a8
 def seed_everything(
     seed: int,  # seed of the run, plus the rank of the process
 ):
     "Seed Python, NumPy and torch."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
-# %% ../../nbs/training/610_state.ipynb #281148a8
+# %% ../../nbs/training/610_state.ipynb #75dc0a89
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,  # any torch optimizer
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:  # flat tensors, groups as JSON
@@ -77,8 +76,9 @@ def restore_optimizer(
 ):
     "Put saved moments and hyper-parameters back."
     mine, saved = ([len(g["params"]) for g in gs] for gs in (optimizer.param_groups, groups))
-    if mine != saved: raise UserError(f"The checkpoint's optimizer has groups of {saved} parameters, this policy {mine};"
-                                      " resume with the configuration the run was started with.")
+    if mine != saved:
+        raise UserError(f"The checkpoint's optimizer has groups of {saved} parameters, this policy {mine}; resume with "
+                        "the configuration the run was started with.")
     state = {}
     for key, value in flat.items():
         _, number, name = key.split("/")
@@ -107,7 +107,7 @@ class TrainingState:
                                       f"{self.progress.get('dp_world_size', 1)} processes, as the run was started.")
         return found
 
-# %% ../../nbs/training/610_state.ipynb #75dc0a89
+# %% ../../nbs/training/610_state.ipynb #d170dbae
 FILES = {"scheduler": "scheduler_state.json", "sampler": "sampler.json", "hooks": "hooks.json"}
 
 def write_state(
@@ -121,7 +121,6 @@ def write_state(
     save_file(state.optimizer, path / "optimizer_state.safetensors")
     write_json(path / "optimizer_param_groups.json", state.groups)
     for name, file in FILES.items(): write_json(path / file, getattr(state, name))
-
 
 def read_state(
     checkpoint,  # folder of one checkpoint, or `last`
@@ -140,13 +139,12 @@ def read_state(
     return TrainingState(step=progress.pop("step"), groups=read_json(path / "optimizer_param_groups.json"),
                          progress=progress, **tensors, **{n: read_json(path / f) for n, f in FILES.items()})
 
-# %% ../../nbs/training/610_state.ipynb #d170dbae
+# %% ../../nbs/training/610_state.ipynb #87a23aa7
 def checkpoint_steps(
     out_dir,  # folder of the run
 ) -> list[int]:
     "Steps of the complete checkpoints, ascending."
     return sorted(int(p.name) for p in (Path(out_dir) / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir())
-
 
 def checkpoint_dir(
     out_dir,    # folder of the run
@@ -154,7 +152,6 @@ def checkpoint_dir(
 ) -> Path:
     "Folder of one checkpoint."
     return Path(out_dir) / "checkpoints" / f"{step:06d}"
-
 
 def point_last(
     folder: Path,  # a complete checkpoint
@@ -166,7 +163,7 @@ def point_last(
     os.replace(new, folder.parent / "last")
     sync_folder(folder.parent)
 
-
+# %% ../../nbs/training/610_state.ipynb #a26aa9da
 def tidy_checkpoints(
     out_dir,            # folder of the run
     keep_last: int = 0, # newest checkpoints to keep; 0 keeps all
@@ -179,7 +176,7 @@ def tidy_checkpoints(
         if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
         else: path.unlink(missing_ok=True)
 
-# %% ../../nbs/training/610_state.ipynb #87a23aa7
+# %% ../../nbs/training/610_state.ipynb #b6d8817d
 def save_checkpoint(
     out_dir,               # folder of the run
     policy,                # gives save_pretrained(path)
@@ -201,7 +198,6 @@ def save_checkpoint(
                         "continue with --resume=true.") from e
     tidy_checkpoints(out_dir, keep_last)
     return folder
-
 
 def last_checkpoint(
     out_dir,        # folder of the run
