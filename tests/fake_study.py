@@ -7,19 +7,27 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 OLD, NEW = ("button-press-topdown-v3", "drawer-open-v3", "window-open-v3"), "door-open-v3"
-TEXT = {OLD[0]: "Press the button from the top.", OLD[1]: "Open the drawer.", OLD[2]: "Push the window open.", NEW: "Open the door."}
+TEXT = {OLD[0]: "Press the button from the top.", OLD[1]: "Open the drawer.", OLD[2]: "Push the window open.",
+        NEW: "Open the door."}
 ABSENT = ("where",)
 KINDS = {"object": (["button", "drawer", "window", "door"], "Which object is in the picture?"),
-         "instruction": (["press the button", "open the drawer", "open the window"], "Which instruction fits the scene?"),
-         "fixture": (["open", "closed"], "Is the drawer open or closed?"), "side": (["left", "right"], "On which side is the hand?"),
+         "instruction": (["press the button", "open the drawer", "open the window"], "Which instruction fits the "
+                         "scene?"),
+         "fixture": (["open", "closed"], "Is the drawer open or closed?"), "side": (["left", "right"],
+             "On which side is the hand?"),
          "height": (["high", "low"], "Is the hand high or low?"),
          "where": (["top left", "top right", "bottom left", "bottom right"], "Where is the object?")}
 # method: question skill on known / absent categories, old and new success, new and old loss, KL, seconds, λ
-METHODS = {"theta0": (.88, .80, .75, .00, 5.2, 2.09, 0., 190, None), "sft": (.55, .50, .10, .92, 2.02, 3.22, 1.4, 44, None),
-           "craft_kl": (.85, .78, .74, .85, 2.03, 2.26, .06, 71, .57), "craft_token": (.80, .70, .60, .80, 2.11, 2.94, .35, 66, .2),
-           "craft_hidden": (.80, .72, .35, .78, 2.08, 2.57, .4, 62, 4.0), "replay_10": (.79, .66, .42, .88, 2.03, 2.40, .3, 43, None),
-           "replay_30": (.82, .72, .72, .87, 2.07, 2.24, .2, 43, None), "wise_0.25": (.87, .78, .70, .05, 3.9, 2.12, .05, 45, None),
-           "wise_0.5": (.84, .75, .50, .30, 2.75, 2.27, .2, 45, None), "wise_0.75": (.72, .62, .20, .60, 2.3, 2.6, .6, 45, None)}
+METHODS = {"theta0": (.88, .80, .75, .00, 5.2, 2.09, 0., 190, None), "sft": (.55, .50, .10, .92, 2.02, 3.22, 1.4, 44,
+    None),
+           "craft_kl": (.85, .78, .74, .85, 2.03, 2.26, .06, 71, .57), "craft_token": (.80, .70, .60, .80, 2.11, 2.94,
+               .35, 66, .2),
+           "craft_hidden": (.80, .72, .35, .78, 2.08, 2.57, .4, 62, 4.0), "replay_10": (.79, .66, .42, .88, 2.03,
+               2.40, .3, 43, None),
+           "replay_30": (.82, .72, .72, .87, 2.07, 2.24, .2, 43, None), "wise_0.25": (.87, .78, .70, .05, 3.9, 2.12,
+               .05, 45, None),
+           "wise_0.5": (.84, .75, .50, .30, 2.75, 2.27, .2, 45, None), "wise_0.75": (.72, .62, .20, .60, 2.3, 2.6, .6,
+               45, None)}
 TITLES = {"theta0": "θ0", "sft": "SFT"}
 
 
@@ -35,7 +43,8 @@ def picture(rng, size=64, shift=0):
     x, y = rng.uniform(.2, .7)*size, rng.uniform(.35, .7)*size
     d.rectangle([x, y, x+size*.2, y+size*.16], fill=tuple(int(v) for v in rng.integers(40, 220, 3)))
     hx = (rng.uniform(.1, .8)*size+shift) % size
-    d.line([hx, 0, hx, size*.35], fill=(60, 60, 70), width=max(2, size//20)); d.ellipse([hx-4, size*.33, hx+4, size*.33+8], fill=(200, 60, 50))
+    d.line([hx, 0, hx, size*.35], fill=(60, 60, 70), width=max(2, size//20)); d.ellipse([hx-4, size*.33, hx+4,
+        size*.33+8], fill=(200, 60, 50))
     return im
 
 
@@ -43,11 +52,12 @@ def write_questions(folder, split, n, rng):
     rows, names = [], list(KINDS)
     (folder/"images").mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        frame = f"images/{split}_{i//2:04d}.png"
-        if i % 2 == 0: picture(rng).save(folder/frame)
+        frames = [f"images/{split}_{i//2:04d}_{camera}.png" for camera in ("corner", "top")]
+        if i % 2 == 0:
+            for f in frames: picture(rng).save(folder/f)
         kind = names[i % len(names)]
         choices, text = KINDS[kind]
-        rows.append(dict(id=f"{split}-{i:04d}", category=kind, image_path=frame, question=text, choices=choices,
+        rows.append(dict(id=f"{split}-{i:04d}", category=kind, image_path=frames, question=text, choices=choices,
                          answer_index=int(rng.integers(len(choices)))))
     (folder/f"{split}.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows))
     return rows
@@ -60,23 +70,29 @@ def mcq_result(rows, skill, skill_absent, rng, easy):
         scores = -rng.uniform(1.5, 4, len(r["choices"]))
         top = r["answer_index"] if right else (r["answer_index"]+1) % len(r["choices"])
         scores[top] = -rng.uniform(.05, 1.2)
-        results.append(dict(id=r["id"], frame=r["image_path"], category=r["category"], predicted_index=int(top), log_likelihoods=[float(s) for s in scores], correct=bool(right),
+        results.append(dict(id=r["id"], frame=r["image_path"][0], category=r["category"], predicted_index=int(top),
+                            log_likelihoods=[float(s) for s in scores], correct=bool(right),
                             margin=float(np.sort(scores)[-1]-np.sort(scores)[-2]), answer_index=r["answer_index"]))
     hits = np.array([r["correct"] for r in results]); means = [rng.choice(hits, len(hits)).mean() for _ in range(200)]
-    return dict(accuracy=float(hits.mean()), avg_margin=1.0, correct_count=int(hits.sum()), total_count=len(hits), n_failed=0,
-                accuracy_mean=float(hits.mean()), avg_margin_gold=.5, ci95=[float(q) for q in np.quantile(means, [.025, .975])],
+    return dict(accuracy=float(hits.mean()), avg_margin=1.0, correct_count=int(hits.sum()), total_count=len(hits),
+                n_failed=0,
+                accuracy_mean=float(hits.mean()), avg_margin_gold=.5, ci95=[float(q) for q in np.quantile(means,
+                    [.025, .975])],
                 chance=float(np.mean([1/len(r["choices"]) for r in rows])), results=results)
 
 
 def metrics(steps, start, end, kl, lam, rng):
     for i in range(steps):
         p = i/steps
-        row = dict(step=i+1, loss=end+(start-end)*exp(-6*p)+.05*rng.normal(), lr=5e-4*(1-p), grad_norm=1+.1*rng.random(), update_s=.2, data_s=.01)
+        row = dict(step=i+1, loss=end+(start-end)*exp(-6*p)+.05*rng.normal(), lr=5e-4*(1-p), grad_norm=1+
+                   .1*rng.random(), update_s=.2, data_s=.01)
         if lam is not None:
             c = float(np.clip(rng.normal(.02, .06), -1, 1))
-            row |= {"L_ret": max(0., kl*(1-exp(-8*p))*1.1+.01*rng.normal()), "epsilon": kl, "lambda": lam*(1+.4*sin(6*p))*(1-exp(-9*p))+.05,
+            row |= {"L_ret": max(0., kl*(1-exp(-8*p))*1.1+.01*rng.normal()), "epsilon": kl, "lambda": lam*(1+
+                .4*sin(6*p))*(1-exp(-9*p))+.05,
                     "cos": c, "dot": c*.3, "conflict": c < -.1, "mode": "token_kl"}
-            row |= dict(lambda_before=row["lambda"], lambda_eff=row["lambda"]+max(0, -c), violation=row["L_ret"] > kl, norm_task=1., norm_retain=.3)
+            row |= dict(lambda_before=row["lambda"], lambda_eff=row["lambda"]+max(0, -c), violation=row["L_ret"] > kl,
+                        norm_task=1., norm_retain=.3)
         yield row
 
 
@@ -84,7 +100,8 @@ def clip(path, rng, frames=36):
     import av
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as f:
-        s = f.add_stream("libx264", rate=20, options={"crf": "30", "preset": "veryfast"}); s.width = s.height = 96; s.pix_fmt = "yuv420p"
+        s = f.add_stream("libx264", rate=20, options={"crf": "30", "preset": "veryfast"})
+        s.width, s.height, s.pix_fmt = 96, 96, "yuv420p"
         state = rng.integers(1 << 30)
         for i in range(frames):
             image = picture(np.random.default_rng(state), 96, shift=i)
@@ -94,9 +111,11 @@ def clip(path, rng, frames=36):
 
 def write_dataset(root, rng):
     from vla_nb.datasets.writer import DatasetWriter
-    cameras = {f"observation.images.{c}": dict(dtype="video", shape=(96, 96, 3), names=["height", "width", "channels"]) for c in ("corner", "top")}
+    cameras = {f"observation.images.{c}": dict(dtype="video", shape=(96, 96, 3), names=["height", "width",
+        "channels"]) for c in ("corner", "top")}
     vector = lambda names: dict(dtype="float32", shape=(4,), names=names)
-    features = {**cameras, "observation.state": vector(["x", "y", "z", "gripper"]), "action": vector(["dx", "dy", "dz", "grip"])}
+    features = {**cameras, "observation.state": vector(["x", "y", "z", "gripper"]), "action": vector(["dx", "dy",
+        "dz", "grip"])}
     with DatasetWriter(root, fps=80, features=features, robot_type="fake") as w:
         for t in (*OLD, NEW):
             for _ in range(2):
@@ -110,7 +129,8 @@ def write_dataset(root, rng):
 
 
 def stage_rows(done):
-    rows = [dict(name="data", title="demonstrations and questions", what="record scripted experts in the simulator", expected_s=180)]
+    rows = [dict(name="data", title="demonstrations and questions", what="record scripted experts in the simulator",
+                 expected_s=180)]
     for m in METHODS:
         rows += [dict(name=m, title=TITLES.get(m, m), what=f"train {m}", expected_s=60),
                  dict(name=f"eval_{m}", title=f"evaluate {m}", what="questions, losses, rollouts", expected_s=30)]
@@ -118,7 +138,8 @@ def stage_rows(done):
     for r in rows:
         m = r["name"].removeprefix("eval_")
         finished = m in done or r["name"] == "data" or (r["name"] == "clips" and len(done) == len(METHODS))
-        r |= dict(seconds=r["expected_s"]*.9 if finished else None, command=f"vla-nb experiment run demo --seed=0 --only={r['name']}")
+        r |= dict(seconds=r["expected_s"]*.9 if finished else None, command=f"vla-nb experiment run demo --seed=0 "
+                  f"--only={r['name']}")
     return rows
 
 
@@ -126,11 +147,14 @@ def write_method(run, name, rows, rng, easy, n, steps):
     skill, absent, old, new, new_loss, old_loss, kl, seconds, lam = METHODS[name]
     task = lambda k: dict(successes=[1]*k+[0]*(n-k), k=k, n=n, wilson=[0., 1.], seeds=list(range(n)))
     success = {t: task(int(rng.binomial(n, old))) for t in OLD} | {NEW: task(int(rng.binomial(n, new)))}
-    per_task = {t: dict(loss_sum=1000*x, count=1000, loss=x) for t, x in ((t, (new_loss if t == NEW else old_loss)+.02*rng.normal()) for t in (*OLD, NEW))}
-    dump(run/"eval/mcq.json", mcq_result(rows, skill, absent, rng, easy)); dump(run/"eval/rollout.json", dict(task=success, seconds=9.))
+    per_task = {t: dict(loss_sum=1000*x, count=1000, loss=x) for t, x in ((t, (new_loss if t == NEW else old_loss)+
+        .02*rng.normal()) for t in (*OLD, NEW))}
+    dump(run/"eval/mcq.json", mcq_result(rows, skill, absent, rng, easy)); dump(run/"eval/rollout.json",
+        dict(task=success, seconds=9.))
     dump(run/"eval/offline.json", dict(per_task=per_task, old=old_loss, new=new_loss))
     dump(run/"eval/retention.json", dict(token_ce=kl/2, token_kl=kl, hidden=kl/3))
-    summary = dict(steps=steps, train_seconds=seconds+rng.random(), peak_bytes=int(3e8*(1.3 if lam else 1)), final_loss=new_loss, hooks={})
+    summary = dict(steps=steps, train_seconds=seconds+rng.random(), peak_bytes=int(3e8*(1.3 if lam else 1)),
+                   final_loss=new_loss, hooks={})
     dump(run/"summary.json", summary)
     (run/"checkpoints/000300/pretrained_model").mkdir(parents=True, exist_ok=True)
     (run/"checkpoints/000300/pretrained_model/model.safetensors").write_bytes(b"\0"*4_200)
@@ -138,9 +162,11 @@ def write_method(run, name, rows, rng, easy, n, steps):
     if name.startswith("wise"): return
     mode = {"craft_kl": "token_kl", "craft_token": "token_ce", "craft_hidden": "hidden"}.get(name)
     craft = dict(enabled=bool(lam))
-    if lam: craft |= dict(anchor_cache_dir=str(run.parent/"anchors_token"), retention_mode=mode, initial_lambda=1., lambda_max=10.)
+    if lam: craft |= dict(anchor_cache_dir=str(run.parent/"anchors_token"), retention_mode=mode, initial_lambda=1.,
+                          lambda_max=10.)
     dump(run/"params.json", dict(seed=0, config=dict(steps=steps, craft=craft)))
-    (run/"metrics.jsonl").write_text("".join(json.dumps(r)+"\n" for r in metrics(steps, 6. if name != "sft" else 5.2, new_loss, kl, lam, rng)))
+    (run/"metrics.jsonl").write_text("".join(json.dumps(r)+"\n" for r in metrics(steps, 6. if name != "sft" else 5.2,
+        new_loss, kl, lam, rng)))
 
 
 def make_study(root,                   # folder to fill
@@ -155,20 +181,25 @@ def make_study(root,                   # folder to fill
     root, rng = Path(root), np.random.default_rng(seed)
     study, data = root/"outputs"/"demo"/f"seed{seed}", root/"data"
     q = data/"metaworld_questions"
-    rows = {s: write_questions(q, s, n, np.random.default_rng(i)) for i, (s, n) in enumerate(dict(train=12, dev=12, report=questions).items())}
+    rows = {s: write_questions(q, s, n, np.random.default_rng(i)) for i, (s, n) in enumerate(dict(train=12, dev=12,
+        report=questions).items())}
     easy = np.random.default_rng(7).random(questions)
     for name in done: write_method(study/name, name, rows["report"], rng, easy, episodes, steps)
-    anchor_samples = [dict(kind="frame", index=i) for i in range(12)]+[dict(kind="question", id=r["id"]) for r in rows["train"] if r["category"] not in ABSENT]
+    anchor_samples = [dict(kind="frame", index=i) for i in range(12)]+[dict(kind="question", id=r["id"])
+        for r in rows["train"] if r["category"] not in ABSENT]
     for a in ("anchors_token", "anchors_hidden", "anchors_heldout"):
         dump(study/a/"manifest.json", dict(schema_version=2, mode="token", samples=anchor_samples))
     if dataset and not (data/"metaworld_demo").exists(): write_dataset(data/"metaworld_demo", np.random.default_rng(3))
     if clips and len(done) == len(METHODS):
         for m in ("theta0", "sft", "craft"): clip(study/"clips"/f"{m}.mp4", np.random.default_rng(5))
-        dump(study/"clips/clips.json", dict(task=OLD[1], seed=seed, episode=3, success=dict(theta0=True, sft=False, craft=True), craft="craft_kl"))
+        dump(study/"clips/clips.json", dict(task=OLD[1], seed=seed, episode=3, success=dict(theta0=True, sft=False,
+            craft=True), craft="craft_kl"))
     stages = stage_rows(done)
-    dump(study/"study.json", dict(name="demo", profile="tiny", seed=seed, methods=list(METHODS), old_tasks=list(OLD), new_task=NEW,
+    dump(study/"study.json", dict(name="demo", profile="tiny", seed=seed, methods=list(METHODS), old_tasks=list(OLD),
+                                  new_task=NEW,
         questions={s: str(q/f"{s}.jsonl") for s in ("train", "dev", "report")}, dataset=str(data/"metaworld_demo"),
         absent_categories=list(ABSENT), stages=stages, revision="0123abc", versions=dict(python="3.11", torch="2.13.0"),
-        settings=dict(steps=steps, batch_size=48, lr=5e-4, base_steps=1400, anchors=1200, anchor_batch_size=24, episodes=episodes),
+        settings=dict(steps=steps, batch_size=48, lr=5e-4, base_steps=1400, anchors=1200, anchor_batch_size=24,
+                      episodes=episodes),
         machine=dict(cpu="a test", cores=2), threads=2, seconds=round(sum(s["seconds"] or 0 for s in stages), 1)))
     return study

@@ -13,9 +13,11 @@ from vla_nb.apps.report_media import CLIP_LIMIT, clip_uris
 from vla_nb.core.types import UserError
 from vla_nb.evaluation import compare
 
-ROW = {"name", "mcq_accuracy", "mcq_n", "mcq_ci95", "mcq_p_vs_sft", "mcq_accuracy_absent", "success", "new_task", "heldout_task_loss",
+ROW = {"name", "mcq_accuracy", "mcq_n", "mcq_ci95", "mcq_p_vs_sft", "mcq_accuracy_absent", "success", "new_task",
+       "heldout_task_loss",
        "heldout_old_loss", "retention_loss_heldout", "train_seconds", "peak_bytes", "storage_bytes"}
-OUTSIDE = re.compile(r"""(?:src|href|srcset|action|poster|xlink:href)\s*=\s*["']?(?!data:|#)[^"'\s>]|url\(\s*["']?(?!data:|#)|@import""", re.I)
+OUTSIDE = re.compile(r"""(?:src|href|srcset|action|poster|xlink:href)\s*=\s*["']?(?!data:|\#)[^"'\s>] |
+                         url\(\s*["']?(?!data:|\#) | @import""", re.I | re.X)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def test_nothing_outside(rendered):
     html = rendered.read_text()
     assert outside(html) == []
     assert "<script" not in html and "<link rel=\"stylesheet\"" not in html
-    assert outside('<img src="http://a.b/c.png">') and outside("a{background:url(x.png)}") and not outside('<a href="#plot">')
+    assert outside('<img src="http://a.b/c.png">') and outside("a{background:url(x.png)}") and not outside('<a '
+        'href="#plot">')
 
 
 def test_every_section_is_there(rendered):
@@ -75,7 +78,8 @@ def test_missing_file_is_an_error(tmp_path, file):
     info = json.loads((study/"study.json").read_text())
     (study/"study.json").write_text(json.dumps({**info, "methods": ["theta0", "sft"]}))
     (study/"sft"/"eval"/f"{file}.json").unlink()
-    with pytest.raises(UserError, match=rf"sft/eval/{file}.json is missing; make it with: vla-nb .*eval_sft"): compare.summarise(study)
+    with pytest.raises(UserError, match=rf"sft/eval/{file}.json is missing; make it with: vla-nb "
+                       rf".*eval_sft"): compare.summarise(study)
     with pytest.raises(UserError, match=f"{file}.json is missing"): compare.main([str(study)])
     with pytest.raises(UserError, match=f"{file}.json is missing"): render_headline([study, study], tmp_path/"headline")
     assert not (tmp_path/"headline").exists()
@@ -105,11 +109,13 @@ def test_command(study, tmp_path, capsys):
 
 
 def chromium(*words, profile):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking",
              "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]
     name = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if name is None: pytest.skip("chromium is not installed: apt-get install chromium")
-    return subprocess.run([name, *flags, *words], capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(profile)})
+    return subprocess.run([name, *flags, *words], capture_output=True, text=True, timeout=120, env={**os.environ,
+        "HOME": str(profile)})
 
 
 def requests(log):
@@ -122,7 +128,8 @@ def requests(log):
 
 def test_browser_asks_nobody(rendered, tmp_path):
     log = tmp_path/"net.json"
-    done = chromium(f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", f"file://{rendered}", profile=tmp_path/"profile")
+    done = chromium(f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", f"file://{rendered}",
+                    profile=tmp_path/"profile")
     assert "</html>" in done.stdout, done.stderr[-500:]
     asked = {u for u in requests(log) if not u.startswith(("file:", "data:", "chrome"))}
     assert not asked, asked
@@ -131,5 +138,6 @@ def test_browser_asks_nobody(rendered, tmp_path):
 def test_browser_log_sees_requests(tmp_path):
     page, log = tmp_path/"page.html", tmp_path/"net.json"
     page.write_text('<img src="http://127.0.0.1:9/x.png">')
-    chromium(f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", f"file://{page}", profile=tmp_path/"profile")
+    chromium(f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", f"file://{page}",
+             profile=tmp_path/"profile")
     assert "http://127.0.0.1:9/x.png" in requests(log)

@@ -149,3 +149,128 @@ def test_full_disk_costs_one_checkpoint_only(straight, tmp_path):
     assert os.readlink(out / "checkpoints/last") == "000007"
     ok(toy(out, resume=True, **RUN))
     assert_same(straight, out)
+
+
+# the command line, with a real dataset, questions, anchors and CRaFT
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A dataset, questions, a starting policy and its anchors, all tiny."
+    from PIL import Image
+    from vla_nb.datasets.fake import fake_dataset
+    box = tmp_path_factory.mktemp("world")
+    fake_dataset(box / "demos", episodes=4, frames=20, cameras=("top",), size=(32, 32))
+    for i in range(4): Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(box / f"{i}.png")
+    rows = [{"id": f"q{i}", "category": f"c{i % 2}", "question": "Is it red ?", "choices": ["yes", "no"],
+             "answer_index": i % 2, "image_path": f"{i % 4}.png"} for i in range(12)]
+    (box / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    first = cli(box, "train", "theta0", steps=4, **{"policy.type": "fake", "questions.jsonl": box / "q.jsonl"})
+    assert first.returncode == 0, first.stderr
+    built = vla_nb(box, "anchors", "build", f"--policy.path={box / 'theta0'}", "--n=16", f"--dataset.root={box / 'demos'}",
+                   f"--questions.jsonl={box / 'q.jsonl'}", f"--output={box / 'anchors'}")
+    assert built.returncode == 0, built.stderr
+    return box
+
+
+def environment(box): return {**ENV, "VLA_NB_CACHE_ROOT": str(box / "cache"), "VLA_NB_THREADS": "1"}
+
+
+def vla_nb(box, *argv, ranks=1, **how):
+    program = str(Path(sys.executable).with_name("vla-nb"))
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  "--nproc_per_node", str(ranks)]
+    return subprocess.run([*launch, program, *map(str, argv)], env=environment(box), capture_output=True, text=True,
+                          timeout=240, cwd=box, **how)
+
+
+def flags(box, name, **options):
+    base = {"output_dir": box / name, "dataset.root": box / "demos", "batch_size": 8, "log_freq": 5, "seed": 1,
+            "optimizer.lr": 0.01}
+    return [f"--{k}={v}" for k, v in {**base, **options}.items()]
+
+
+def cli(box, command, name, ranks=1, **options): return vla_nb(box, command, *flags(box, name, **options), ranks=ranks)
+
+
+def tuned(box, **options):
+    "Flags of a CRaFT run from theta0."
+    return {"policy.path": box / "theta0", "dataset.stats": "checkpoint", "craft.enabled": "true",
+            "craft.retention_mode": "token_kl", "craft.anchor_cache_dir": box / "anchors", "craft.anchor_batch_size": 4,
+            "craft.epsilon_start": 0.01, "craft.epsilon_end": 0.001, "steps": 24, "save_freq": 5, **options}
+
+
+def test_craft_run_killed_and_resumed(world):
+    "Weights, λ history and metrics of a run killed at a random step equal those of an undisturbed one."
+    assert cli(world, "train", "whole", **tuned(world)).returncode == 0
+    after, out = random.Random().randrange(6, 22), world / "killed"
+    process = subprocess.Popen([sys.executable, str(Path(sys.executable).with_name("vla-nb")), "train",
+                                *flags(world, "killed", **tuned(world))], env=environment(world), cwd=world,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= after: break
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    resumed = cli(world, "train", "killed", **tuned(world, resume="true"))
+    assert resumed.returncode == 0, resumed.stderr
+    noise = NOISE | {"anchor_s"}
+    rows = [[{k: v for k, v in row.items() if k not in noise} for row in read_jsonl(world / name / "metrics.jsonl")]
+            for name in ("whole", "killed")]
+    assert rows[0] == rows[1] and rows[0][-1]["lambda"] > 0
+    a, b = weights(world / "whole"), weights(out)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (out / "lambda_history.csv").read_text() == (world / "whole/lambda_history.csv").read_text()
+
+
+def test_two_processes_by_command(world):
+    "torchrun joins both processes; the run is resumable and refuses another number of processes."
+    result = cli(world, "train", "pair", ranks=2, **tuned(world, steps=4))
+    assert result.returncode == 0, result.stderr
+    assert json.loads((world / "pair/summary.json").read_text())["world_size"] == 2
+    alone = cli(world, "train", "pair", **tuned(world, steps=6, resume="true"))
+    assert alone.returncode and "dp_world_size=2" in alone.stderr
+
+
+def test_replay_takes_the_anchors_samples(world):
+    options = {"policy.path": world / "theta0", "dataset.stats": "checkpoint", "replay.anchors": world / "anchors",
+               "replay.questions": world / "q.jsonl", "replay.fraction": 0.25, "steps": 3}
+    result = cli(world, "train", "replay", **options)
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((world / "replay/checkpoints/last/training_state/sampler.json").read_text())
+    assert saved["sources"] == [80, 16]
+    assert all("loss_question" in row for row in read_jsonl(world / "replay/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("words, message", [
+    ({"stepz": 3}, "did you mean 'steps'"),
+    ({"policy.widht": 3}, "did you mean 'width'"),
+    ({"craft.epsilon_anneal_steps": 3}, "epsilon_anneal_steps"),
+    ({"craft.lambda_lr": 0.1}, "CRaFT is off"),
+    ({"dataset.episodes": "9:"}, "leaves no episode"),
+    ({"dataset.tasks": "fly"}, "names 'fly'"),
+    ({"questions.jsonl": "gone.jsonl"}, "gone.jsonl does not exist"),
+    ({"mixed_precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
+    ({"wandb.enable": "true"}, "not available here"),
+    ({"craft.enabled": "true", "craft.anchor_cache_dir": "nowhere"}, "AnchorCache directory not found: nowhere"),
+])
+def test_bad_words_are_one_sentence(world, words, message):
+    "A wrong flag: non-zero, one line, and no folder."
+    result = cli(world, "train", "bad", **{"policy.type": "fake", "steps": 2, **words})
+    assert result.returncode and message in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and not (world / "bad").exists()
+
+
+def test_a_run_is_not_overwritten(world):
+    before = sorted(p.name for p in (world / "theta0").iterdir())
+    result = cli(world, "train", "theta0", steps=4, **{"policy.type": "fake"})
+    assert result.returncode and "holds a run already" in result.stderr
+    assert sorted(p.name for p in (world / "theta0").iterdir()) == before
+
+
+def test_full_disk_by_command(world):
+    "The weights do not fit: one sentence, no checkpoint, nothing half-written."
+    def limit(): import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    words = flags(world, "full", **{"policy.type": "fake", "steps": 2, "dataset.frame_cache": "false"})
+    result = vla_nb(world, "train", *words, preexec_fn=limit)
+    assert result.returncode == 2 and "no checkpoint was written so far" in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and not list((world / "full/checkpoints").iterdir())

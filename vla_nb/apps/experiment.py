@@ -26,7 +26,8 @@ def experiment_folder(
 ) -> Path:  # nbs/experiments
     "Where the experiment notebooks are."
     folder = (Path(root) if root else settings().root)/"nbs"/"experiments"
-    if not folder.is_dir(): raise UserError(f"{folder} does not exist; run this inside the repository, which holds the experiment notebooks.")
+    if not folder.is_dir(): raise UserError(f"{folder} does not exist; run this inside the repository, which holds "
+                                            f"the experiment notebooks.")
     return folder
 
 
@@ -43,14 +44,17 @@ def experiments(
         tagged = next((c.source for c in nb.cells if "parameters" in c.metadata.get("tags", [])), "")
         values = {}
         for node in ast.parse(tagged).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name): values[node.targets[0].id] = ast.literal_eval(node.value)
-        out[path.stem] = dict(path=path, title=lines[0].lstrip("# "), what=next((l[2:] for l in lines if l.startswith("> ")), ""), parameters=values)
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0],
+                ast.Name): values[node.targets[0].id] = ast.literal_eval(node.value)
+        out[path.stem] = dict(path=path, title=lines[0].lstrip("# "), what=next((l[2:] for l in lines
+            if l.startswith("> ")), ""), parameters=values)
     return out
 
 
-STUDIES = dict(demo="θ0, SFT, CRaFT, replay and WiSE-FT, one seed: reports/demo", headline="the same with three seeds: reports/headline")
+STUDIES = dict(demo="θ0, SFT, CRaFT, replay and WiSE-FT, one seed: reports/demo", headline="the same with three "
+               "seeds: reports/headline")
 
-
+# %% ../../nbs/apps/940_experiment.ipynb #123af759
 def list_experiments(
     argv=(),  # none
 ) -> int:  # exit status
@@ -60,16 +64,21 @@ def list_experiments(
     for name, what in found.items(): print(f"{name:24} {what}")
     return 0
 
-# %% ../../nbs/apps/940_experiment.ipynb #123af759
+# %% ../../nbs/apps/940_experiment.ipynb #9c92c12b
 TEMPLATE = """{%- extends 'base/display_priority.j2' -%}
-{%- block input -%}{% if cell.source.strip() %}<details class="code"><summary>code</summary><pre>{{ cell.source | escape }}</pre></details>{% endif %}{%- endblock -%}
+{%- block input -%}{% if cell.source.strip() -%}
+<details class="code"><summary>code</summary><pre>{{ cell.source | escape }}</pre></details>
+{%- endif %}{%- endblock -%}
 {%- block markdowncell -%}{{ cell.source | markdown2html }}{%- endblock -%}
 {%- block stream_stdout -%}<pre>{{ output.text | ansi2html }}</pre>{%- endblock -%}
-{%- block stream_stderr -%}<details><summary>messages</summary><pre>{{ output.text | ansi2html }}</pre></details>{%- endblock -%}
+{%- block stream_stderr -%}
+<details><summary>messages</summary><pre>{{ output.text | ansi2html }}</pre></details>{%- endblock -%}
 {%- block error -%}<pre class="no">{{ output.traceback | join('\\n') | ansi2html }}</pre>{%- endblock -%}
 {%- block data_html -%}{{ output.data['text/html'] }}{%- endblock -%}
 {%- block data_svg -%}{{ output.data['image/svg+xml'] }}{%- endblock -%}
-{%- block data_png -%}<img alt="figure" style="max-width:100%" src="data:image/png;base64,{{ output.data['image/png'] | replace('\\n', '') }}">{%- endblock -%}
+{%- block data_png -%}
+<img alt="figure" style="max-width:100%"
+src="data:image/png;base64,{{ output.data['image/png'] | replace('\\n', '') }}">{%- endblock -%}
 {%- block data_markdown -%}{{ output.data['text/markdown'] | markdown2html }}{%- endblock -%}
 {%- block data_text -%}<pre>{{ output.data['text/plain'] | ansi2html }}</pre>{%- endblock -%}
 """
@@ -83,11 +92,12 @@ def notebook_page(
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
     from vla_nb.apps.report_html import page
-    exporter = HTMLExporter(extra_loaders=[DictLoader({"vla_nb.html.j2": TEMPLATE})], template_name="base", template_file="vla_nb.html.j2", exclude_anchor_links=True)
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"vla_nb.html.j2": TEMPLATE})], template_name="base",
+                            template_file="vla_nb.html.j2", exclude_anchor_links=True)
     body, _ = exporter.from_filename(str(path))
     return page(title, body)
 
-# %% ../../nbs/apps/940_experiment.ipynb #9c92c12b
+# %% ../../nbs/apps/940_experiment.ipynb #06645e47
 def read_value(
     text: str,  # as typed
 ):  # -> int, float, bool or str
@@ -110,14 +120,15 @@ def read_parameters(
         word = words.pop(0)
         if word in ("--dry-run", "--dry_run"): pair = "dry_run=true"
         elif word == "-p" and words: pair = words.pop(0)
-        else: raise UserError(f"{word!r} is not understood; parameters are given as -p key=value, and --dry-run prints the commands.")
+        else: raise UserError(f"{word!r} is not understood; parameters are given as -p key=value, and --dry-run "
+                              f"prints the commands.")
         key, eq, value = pair.partition("=")
         if not eq: raise UserError(f"-p {pair} has no value; write -p {pair}=…")
         if key not in known: raise UserError(f"This experiment has no parameter {key!r}; it has {', '.join(known)}.")
         out[key] = read_value(value)
     return out
 
-# %% ../../nbs/apps/940_experiment.ipynb #06645e47
+# %% ../../nbs/apps/940_experiment.ipynb #27f80f62
 def run_notebook(
     name: str,  # experiment
     parameters: dict,  # parameters to set
@@ -126,7 +137,8 @@ def run_notebook(
     "Execute an experiment and render its page, also when a cell fails."
     import papermill
     known = experiments(root)
-    if name not in known: raise UserError(f"There is no experiment {name!r}; there are {', '.join([*known, *STUDIES])}.")
+    if name not in known: raise UserError(f"There is no experiment {name!r}; there are "
+                                          f"{', '.join([*known, *STUDIES])}.")
     e, home = known[name], Path(root) if root else settings().root
     values = {**e["parameters"], **parameters}
     run = str(values.get("run") or values.get("profile", "run"))
@@ -134,26 +146,30 @@ def run_notebook(
     copy, html = outputs/name/run/"run.ipynb", reports/name/f"{run}.html"
     copy.parent.mkdir(parents=True, exist_ok=True)
     failed = None
-    try: papermill.execute_notebook(str(e["path"]), str(copy), parameters=parameters, cwd=str(home), kernel_name="python3", progress_bar=False)
+    try: papermill.execute_notebook(str(e["path"]), str(copy), parameters=parameters, cwd=str(home),
+                                    kernel_name="python3", progress_bar=False)
     except papermill.PapermillExecutionError as error: failed = error
     with atomic_write(html, "w") as f: f.write(notebook_page(copy, f"{e['title']} · {run}"))
-    if failed: raise UserError(f"{name} failed in cell {failed.exec_count}: {failed.ename}: {failed.evalue} The page so far: {html}")
+    if failed: raise UserError(f"{name} failed in cell {failed.exec_count}: {failed.ename}: {failed.evalue} The page "
+                               f"so far: {html}")
     return html
 
-
+# %% ../../nbs/apps/940_experiment.ipynb #68110442
 def run(
     argv,  # NAME [-p key=value …] [--dry-run], or demo | headline with the study's own flags
 ) -> int:  # exit status
     "`vla-nb experiment run NAME …`."
-    if not argv or argv[0].startswith("-"): raise UserError(f"Name an experiment: {', '.join([*experiments(), *STUDIES])}.")
+    if not argv or argv[0].startswith("-"): raise UserError(f"Name an experiment: "
+        f"{', '.join([*experiments(), *STUDIES])}.")
     name, rest = argv[0], list(argv[1:])
     if name in STUDIES: return import_module("vla_nb.apps.study").main(name, rest)
     match = [n for n in experiments() if n == name or n.split("_")[0] == name]
-    if not match: raise UserError(f"There is no experiment {name!r}; there are {', '.join([*experiments(), *STUDIES])}.")
+    if not match: raise UserError(f"There is no experiment {name!r}; there are "
+                                  f"{', '.join([*experiments(), *STUDIES])}.")
     print(run_notebook(match[0], read_parameters(rest, experiments()[match[0]]["parameters"])))
     return 0
 
-# %% ../../nbs/apps/940_experiment.ipynb #27f80f62
+# %% ../../nbs/apps/940_experiment.ipynb #e8bc9268
 @dataclass(frozen=True)
 class Step:
     "One command of an experiment."
@@ -173,13 +189,16 @@ def launch(
     log=None,  # file for its output; None: only shown when it fails
 ) -> None:
     "Run one `vla-nb` command as a subprocess; a failure is one error with its last words."
-    done = subprocess.run([sys.executable, "-m", "vla_nb.apps.cli", *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=settings().root)
+    done = subprocess.run([sys.executable, "-m", "vla_nb.apps.cli", *argv], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, cwd=settings().root)
     if log:
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         Path(log).write_text(done.stdout)
-    if done.returncode: raise UserError(f"`vla-nb {' '.join(argv)}` ended with status {done.returncode}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else 'no message'}")
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"`vla-nb {' '.join(argv)}` ended with status {done.returncode}: {last}")
 
-
+# %% ../../nbs/apps/940_experiment.ipynb #6540822f
 def perform(
     steps,  # Step list
     dry_run: bool = False,  # True: print the commands, run nothing
@@ -195,7 +214,8 @@ def perform(
             resume = ["--resume=true"] if (home/s.makes).parent.joinpath("checkpoints", "last").exists() else []
             launch([*s.argv, *resume], (home/s.makes).parent.with_suffix(".log"))
         else: launch(s.argv)
-        if not (home/s.makes).exists(): raise UserError(f"`{s.line}` ended well but {s.makes} does not exist; the step names the wrong file.")
+        if not (home/s.makes).exists(): raise UserError(f"`{s.line}` ended well but {s.makes} does not exist; the "
+                                                        f"step names the wrong file.")
 
 # %% ../../nbs/apps/940_experiment.ipynb #91e84831
 DRY = dict(steps=3, batch_size=2, log_freq=1, save_freq=0)

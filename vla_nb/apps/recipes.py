@@ -46,8 +46,10 @@ class Recipe:
 
 # %% ../../nbs/apps/942_recipes.ipynb #0d4208ca
 OLD = "button-press-topdown-v3,drawer-open-v3,window-open-v3"
-TINY = dict(profile="tiny", policy="outputs/demo/seed0/theta0", questions="data/metaworld_questions/dev.jsonl", max_samples=100, steps=60, batch_size=16, lr=5e-4, clip=1.0,
-            data=("--dataset.root=data/metaworld_demo", "--dataset.episodes=train", "--dataset.tasks=door-open-v3", "--dataset.stats=checkpoint"),
+TINY = dict(profile="tiny", policy="outputs/demo/seed0/theta0", questions="data/metaworld_questions/dev.jsonl",
+            max_samples=100, steps=60, batch_size=16, lr=5e-4, clip=1.0,
+            data=("--dataset.root=data/metaworld_demo", "--dataset.episodes=train", "--dataset.tasks=door-open-v3",
+                  "--dataset.stats=checkpoint"),
             anchor_data=("--dataset.root=data/metaworld_demo", "--dataset.episodes=train", f"--dataset.tasks={OLD}",
                          "--questions.jsonl=data/metaworld_questions/train.jsonl", "--questions.fraction=0.5"),
             save_freq=12, log_freq=10, anchors=120, loss_below=None)
@@ -61,7 +63,8 @@ def recipe(
     if profile not in ("tiny", "full"): raise UserError(f"profile is {profile!r}; use tiny or full.")
     base = Recipe(**(TINY if profile == "tiny" else {}))
     given = {k: v for k, v in changes.items() if v or k == "seed"}
-    if unknown := set(given)-set(vars(base)): raise UserError(f"A recipe has no {sorted(unknown)[0]!r}; it has {', '.join(vars(base))}.")
+    if unknown := set(given)-set(vars(base)): raise UserError(f"A recipe has no {sorted(unknown)[0]!r}; it has "
+        f"{', '.join(vars(base))}.")
     r = dataclasses.replace(base, **given)
     return dataclasses.replace(r, save_freq=min(r.save_freq, r.steps), log_freq=min(r.log_freq, r.steps))
 
@@ -71,7 +74,8 @@ def theta0_steps(
 ) -> list:  # no step for a published policy
     "Where the starting policy comes from: the demo's, made when it is missing."
     if r.profile == "full": return []
-    return [Step("the starting policy of the demo", ("experiment", "run", "demo", "--seed=0", "--only=theta0"), f"{r.policy}/summary.json")]
+    return [Step("the starting policy of the demo", ("experiment", "run", "demo", "--seed=0", "--only=theta0"),
+                 f"{r.policy}/summary.json")]
 
 
 def train_step(
@@ -80,8 +84,10 @@ def train_step(
     *extra: str,  # flags of the method
 ) -> Step:  # the training
     "Fine-tuning in the user's values."
-    return Step("fine-tune", ("train", f"--policy.path={r.policy}", *r.data, f"--output_dir={out}", f"--steps={r.steps}", f"--batch_size={r.batch_size}",
-                              f"--policy.optimizer_lr={r.lr:g}", f"--policy.optimizer_grad_clip_norm={r.clip:g}", f"--save_freq={r.save_freq}",
+    return Step("fine-tune", ("train", f"--policy.path={r.policy}", *r.data, f"--output_dir={out}",
+                              f"--steps={r.steps}", f"--batch_size={r.batch_size}",
+                              f"--policy.optimizer_lr={r.lr:g}", f"--policy.optimizer_grad_clip_norm={r.clip:g}",
+                              f"--save_freq={r.save_freq}",
                               f"--log_freq={r.log_freq}", f"--seed={r.seed}", *extra), f"{out}/summary.json")
 
 
@@ -92,23 +98,28 @@ def anchor_steps(
 ) -> list:  # build and verify
     "Build an anchor cache."
     hidden = (f"--layer={r.hidden_layer}", f"--pooling={r.pooling}") if mode == "hidden" else ()
-    return [Step(f"cache {r.anchors} {mode} anchors", ("anchors", "build", f"--policy.path={r.policy}", f"--mode={mode}", f"--n={r.anchors}", f"--seed={r.seed}",
-                                                     *r.anchor_data, *hidden, f"--output={out}"), f"{out}/manifest.json")]
+    return [Step(f"cache {r.anchors} {mode} anchors", ("anchors", "build", f"--policy.path={r.policy}",
+                                                       f"--mode={mode}", f"--n={r.anchors}", f"--seed={r.seed}",
+                                                     *r.anchor_data, *hidden, f"--output={out}"),
+                                                     f"{out}/manifest.json")]
 
-
+# %% ../../nbs/apps/942_recipes.ipynb #9e67dba8
 def craft_flags(
     r: Recipe,  # values
     mode: str,  # token_ce | token_kl | hidden
     cache: str,  # anchor folder
 ) -> tuple:  # flags of `vla-nb train`
     "The constraint in the user's values."
-    names = ("anchor_batch_size", "retention_freq", "initial_lambda", "lambda_lr", "lambda_max", "epsilon_start", "epsilon_end", "conflict_threshold")
+    names = ("anchor_batch_size", "retention_freq", "initial_lambda", "lambda_lr", "lambda_max", "epsilon_start",
+             "epsilon_end", "conflict_threshold")
     hidden = (f"--craft.hidden_layer={r.hidden_layer}", f"--craft.pooling={r.pooling}") if mode == "hidden" else ()
-    return ("--craft.enabled=true", f"--craft.retention_mode={mode}", f"--craft.anchor_cache_dir={cache}", *(f"--craft.{n}={getattr(r, n):g}" for n in names),
+    return ("--craft.enabled=true", f"--craft.retention_mode={mode}", f"--craft.anchor_cache_dir={cache}",
+            *(f"--craft.{n}={getattr(r, n):g}" for n in names),
             f"--craft.use_grad_projection={str(r.use_grad_projection).lower()}", *hidden)
 
-# %% ../../nbs/apps/942_recipes.ipynb #9e67dba8
-E = {k: k+n for k, n in dict(E01="_baseline", E02="_hidden_cache", E03="_craft_token", E04="_craft_hidden", E05="_mcq", E06="_comparison").items()}
+# %% ../../nbs/apps/942_recipes.ipynb #ca4f89a3
+E = {k: k+n for k, n in dict(E01="_baseline", E02="_hidden_cache", E03="_craft_token", E04="_craft_hidden",
+                             E05="_mcq", E06="_comparison").items()}
 
 
 def folder(
@@ -118,7 +129,7 @@ def folder(
     "The folder of an experiment's run."
     return f"outputs/{E[key]}/{run}"
 
-
+# %% ../../nbs/apps/942_recipes.ipynb #94a29168
 def steps_of(
     key: str,  # E01 … E06
     r: Recipe,  # values
@@ -131,9 +142,12 @@ def steps_of(
     if key == "E02": return [*theta0_steps(r), *anchor_steps(r, "hidden", at("E02", "anchors"))]
     if key == "E03":
         cache = at("E03", "anchors")
-        return [*theta0_steps(r), *anchor_steps(r, "token", cache), train_step(r, at("E03", "train"), *craft_flags(r, "token_ce", cache))]
-    if key == "E04": return [*steps_of("E02", r, run), train_step(r, at("E04", "train"), *craft_flags(r, "hidden", at("E02", "anchors")))]
-    score = lambda k, *extra, to: Step("questions", ("eval", "mcq", f"--policy.path={at(k, 'train')}", *extra, f"--data_jsonl={r.questions}", f"--max_samples={r.max_samples}",
+        return [*theta0_steps(r), *anchor_steps(r, "token", cache), train_step(r, at("E03", "train"), *craft_flags(r,
+            "token_ce", cache))]
+    if key == "E04": return [*steps_of("E02", r, run), train_step(r, at("E04", "train"), *craft_flags(r, "hidden",
+        at("E02", "anchors")))]
+    score = lambda k, *extra, to: Step("questions", ("eval", "mcq", f"--policy.path={at(k, 'train')}", *extra,
+                                                     f"--data_jsonl={r.questions}", f"--max_samples={r.max_samples}",
                                                       f"--output_json={to}"), to)
     single = lambda k: score(k, to=f"{at(k, 'train')}/eval/mcq.json")
     if key == "E05":
@@ -142,5 +156,6 @@ def steps_of(
     if key == "E06":
         runs = [at(k, "train") for k in ("E01", "E03", "E04")]
         train = [s for k in ("E01", "E03", "E04") for s in steps_of(k, r, run)]
-        return [*train, *map(single, ("E01", "E03", "E04")), Step("paired comparison", ("compare", *runs, f"--output={at('E06', 'comparison.json')}"), at("E06", "comparison.json"))]
+        return [*train, *map(single, ("E01", "E03", "E04")), Step("paired comparison", ("compare", *runs,
+            f"--output={at('E06', 'comparison.json')}"), at("E06", "comparison.json"))]
     raise UserError(f"There is no experiment {key!r}; there are {', '.join(E)}.")

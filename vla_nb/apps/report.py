@@ -14,7 +14,7 @@ from statistics import fmean
 from .report_charts import tradeoff
 from .report_html import chip, number, p_value, page, percent, seconds, section, short, size, table
 from .report_media import clips, dataset_pictures, questions
-from .report_results import Facts, checklist, checks, gather, judge, plots, results, rival, share_cell, tiles, verdict
+from .report_results import (Facts, checklist, checks, gather, judge, plots, results, rival, tiles, verdict)
 from .report_training import diagnosis, limits, progress, provenance, training
 from ..core.config import parse_flags
 from ..core.files import atomic_write, write_json
@@ -23,7 +23,7 @@ from ..core.types import UserError
 from ..evaluation.compare import acceptance, best_craft, old_tasks, rate, success_of, summarise
 from ..evaluation.stats import wilson
 
-# %% ../../nbs/apps/950_report.ipynb #17ee7d11
+# %% ../../nbs/apps/950_report.ipynb #9c1d9858
 QUESTION = "How much does a robot policy forget when it learns a new task, and how much of that does CRaFT prevent?"
 
 
@@ -33,32 +33,42 @@ def opening(
 ) -> str:  # HTML
     "Title, verdict, big numbers and the way through the page."
     s = facts.study
-    text = (f"<p>θ0 is a vision-language-action policy: it sees camera pictures, reads an instruction and writes robot actions. It knows "
-            f"{len(s['old_tasks'])} tasks ({escape(', '.join(s['old_tasks']))}) and answers questions about what it sees. Then it is fine-tuned on "
-            f"demonstrations of one new task, {escape(s['new_task'])}. <b>SFT</b> does that plainly. <b>CRaFT</b> does it under a constraint: on stored old "
-            "observations (anchors) the policy may drift from θ0 by at most ε, kept by a multiplier λ and by projecting conflicting gradients. "
+    text = (f"<p>θ0 is a vision-language-action policy: it sees camera pictures, reads an instruction and writes "
+            f"robot actions. It knows "
+            f"{len(s['old_tasks'])} tasks ({escape(', '.join(s['old_tasks']))}) and answers questions about what it "
+            f"sees. Then it is fine-tuned on "
+            f"demonstrations of one new task, {escape(s['new_task'])}. <b>SFT</b> does that plainly. <b>CRaFT</b> "
+            f"does it under a constraint: on stored old "
+            "observations (anchors) the policy may drift from θ0 by at most ε, kept by a multiplier λ and by "
+            "projecting conflicting gradients. "
             "<b>Replay</b> mixes old labelled data in; <b>WiSE-FT</b> averages the weights of θ0 and SFT.</p>")
-    places = dict(clips="Clips", plot="Plot", results="Table", questions="Questions", data="Data", training="Training", diagnosis="Diagnosis", checks="Checks", run="What was run", limits="Limits")
+    places = dict(clips="Clips", plot="Plot", results="Table", questions="Questions", data="Data",
+                  training="Training", diagnosis="Diagnosis", checks="Checks", run="What was run", limits="Limits")
     nav = "".join(f'<a href="#{k}">{t}</a>' for k, t in places.items())
-    return (f'<header><p class="eyebrow">Forgetting study · {escape(str(s.get("profile", "")))} profile · {escape(kind)}</p><h1>{QUESTION}</h1>'
+    return (f'<header><p class="eyebrow">Forgetting study · {escape(str(s.get("profile", "")))} profile · '
+            f'{escape(kind)}</p><h1>{QUESTION}</h1>'
             f'{progress(facts)}{verdict(facts)}</header>{tiles(facts)}{rival(facts)}{text}<nav>{nav}</nav>')
 
-
+# %% ../../nbs/apps/950_report.ipynb #b4f733ef
 def render(
     study_dir,  # study folder; whatever is measured so far is shown
     out_html,  # page to write; summary.json is written beside it
 ) -> Path:  # the page
     "Draw the page of one study from its files; trains nothing."
     facts, out = gather(study_dir), Path(out_html)
-    body = "".join([opening(facts, f"seed {facts.study['seed']}"), clips(facts), plots(facts), results(facts), questions(facts), dataset_pictures(facts),
+    body = "".join([opening(facts, f"seed {facts.study['seed']}"), clips(facts), plots(facts), results(facts),
+                    questions(facts), dataset_pictures(facts),
                     training(facts), diagnosis(facts), checks(facts), provenance(facts), limits(facts)])
-    foot = f'<footer>Drawn from the files of this study; drawn again without training by <code class="cmd">vla-nb report --study={escape(str(study_dir))} --output={escape(str(out.parent))}</code></footer>'
+    again = f"vla-nb report --study={study_dir} --output={out.parent}"
+    foot = ('<footer>Drawn from the files of this study; drawn again without training by '
+            f'<code class="cmd">{escape(again)}</code></footer>')
     with atomic_write(out, "w") as f: f.write(page(QUESTION, body+foot))
     write_json(out.parent/"summary.json", facts.summary)
     return out
 
-# %% ../../nbs/apps/950_report.ipynb #9c1d9858
-T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # quantiles of Student's t by degrees of freedom
+# %% ../../nbs/apps/950_report.ipynb #9687bcbe
+# 97.5 % quantiles of Student's t by degrees of freedom
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def mean_interval(
@@ -69,7 +79,8 @@ def mean_interval(
     n, m = len(values), fmean(values)
     own = fmean((hi-lo)/2 for lo, hi in intervals)
     if n == 1: return list(intervals[0])
-    if n-1 not in T975: raise UserError(f"{n} seeds are more than the {max(T975)+1} this page has quantiles for; render fewer.")
+    if n-1 not in T975: raise UserError(f"{n} seeds are more than the {max(T975)+1} this page has quantiles for; "
+                                        f"render fewer.")
     spread = T975[n-1]*(sum((v-m)**2 for v in values)/(n-1)/n)**.5
     half = (spread**2+own**2)**.5
     return [max(0., m-half), min(1., m+half)]
@@ -81,12 +92,15 @@ def mean_row(
     "A method over all seeds."
     mean = lambda k: None if any(r[k] is None for r in rows) else fmean(r[k] for r in rows)
     ps = [r["mcq_p_vs_sft"] for r in rows]
-    return {**rows[0], **{k: mean(k) for k in ("mcq_accuracy", "mcq_accuracy_absent", "heldout_task_loss", "heldout_old_loss", "retention_loss_heldout", "train_seconds")},
-            "mcq_n": sum(r["mcq_n"] for r in rows), "mcq_ci95": mean_interval([r["mcq_accuracy"] for r in rows], [r["mcq_ci95"] for r in rows]),
-            "mcq_p_vs_sft": None if None in ps else max(ps), "success": {t: [sum(r["success"][t][i] for r in rows) for i in (0, 1)] for t in rows[0]["success"]},
+    return {**rows[0], **{k: mean(k) for k in ("mcq_accuracy", "mcq_accuracy_absent", "heldout_task_loss",
+                                               "heldout_old_loss", "retention_loss_heldout", "train_seconds")},
+            "mcq_n": sum(r["mcq_n"] for r in rows), "mcq_ci95": mean_interval([r["mcq_accuracy"] for r in rows],
+                [r["mcq_ci95"] for r in rows]),
+            "mcq_p_vs_sft": None if None in ps else max(ps), "success": {t: [sum(r["success"][t][i] for r in rows)
+                for i in (0, 1)] for t in rows[0]["success"]},
             "peak_bytes": max(r["peak_bytes"] for r in rows), "storage_bytes": max(r["storage_bytes"] for r in rows)}
 
-# %% ../../nbs/apps/950_report.ipynb #b4f733ef
+# %% ../../nbs/apps/950_report.ipynb #4e34777a
 def mean_facts(
     seeds,  # Facts of every seed
 ) -> Facts:  # their mean
@@ -94,14 +108,16 @@ def mean_facts(
     first = seeds[0].study
     for f in seeds[1:]:
         odd = [k for k in ("methods", "old_tasks", "new_task", "profile") if f.study.get(k) != first.get(k)]
-        if odd: raise UserError(f"{f.study['dir']} and {first['dir']} differ in {odd[0]}; seeds of one headline must share their design.")
+        if odd: raise UserError(f"{f.study['dir']} and {first['dir']} differ in {odd[0]}; seeds of one headline must "
+                                f"share their design.")
     rows = {m: mean_row([f.rows[m] for f in seeds]) for m in first["methods"]}
     both = lambda m, t: [s for f in seeds for s in f.rollout[m]["task"][t]["successes"]]
     rollout = {m: {"task": {t: {"successes": both(m, t)} for t in rows[m]["success"]}} for m in rows}
-    study = {**first, "seed": [f.study["seed"] for f in seeds], "seconds": sum(f.study["seconds"] for f in seeds), "stages": []}
+    study = {**first, "seed": [f.study["seed"] for f in seeds], "seconds": sum(f.study["seconds"] for f in seeds),
+             "stages": []}
     return Facts(study, rows, {}, rollout, fmean(f.chance for f in seeds))
 
-
+# %% ../../nbs/apps/950_report.ipynb #6b3c4927
 def seed_table(
     seeds,  # Facts of every seed
 ) -> str:  # HTML section
@@ -111,19 +127,25 @@ def seed_table(
         for f in seeds:
             r = f.rows[m]
             share = lambda kn: f"{percent(rate(kn))} <small>{kn[0]}/{kn[1]}</small>"
-            rows.append([chip(m)+f" · {f.study['seed']}", share(success_of(r, [r["new_task"]])), share(success_of(r, f.study["old_tasks"])), percent(r["mcq_accuracy"], 1),
-                         percent(r["mcq_accuracy_absent"], 1), "–" if m == "sft" else p_value(r["mcq_p_vs_sft"]), number(r["heldout_task_loss"]), number(r["heldout_old_loss"]),
+            rows.append([chip(m)+f" · {f.study['seed']}", share(success_of(r, [r["new_task"]])),
+                         share(success_of(r, f.study["old_tasks"])), percent(r["mcq_accuracy"], 1),
+                         percent(r["mcq_accuracy_absent"], 1), "–" if m == "sft" else p_value(r["mcq_p_vs_sft"]),
+                         number(r["heldout_task_loss"]), number(r["heldout_old_loss"]),
                          number(r["retention_loss_heldout"]), seconds(r["train_seconds"])])
             mark.append("base" if m in ("theta0", "sft") else "")
-    return section("seeds", "Seed by seed", table(["Method · seed", "New task", "Old tasks", "Questions", "absent", "p vs SFT", "New loss", "Old loss", "L_ret", "Training"], rows, mark))
+    return section("seeds", "Seed by seed", table(["Method · seed", "New task", "Old tasks", "Questions", "absent",
+                                                   "p vs SFT", "New loss", "Old loss", "L_ret", "Training"], rows,
+                                                   mark))
 
-# %% ../../nbs/apps/950_report.ipynb #9687bcbe
+# %% ../../nbs/apps/950_report.ipynb #039a88b1
 def seed_checks(
     seeds,  # Facts of every seed
 ) -> str:  # HTML section
     "The acceptance checks in every seed."
-    return section("checks", "Does the study hold?", "<p>The same checks in every seed, evaluated by code.</p>", '<div class="grid">',
-                   *(f'<div class="card"><h3>Seed {f.study["seed"]}: {judge(f)["answer"]}</h3>{checklist(acceptance(f.summary))}</div>' for f in seeds), "</div>")
+    return section("checks", "Does the study hold?", "<p>The same checks in every seed, evaluated by code.</p>",
+                   '<div class="grid">',
+                   *(f'<div class="card"><h3>Seed {f.study["seed"]}: '
+                     f'{judge(f)["answer"]}</h3>{checklist(acceptance(f.summary))}</div>' for f in seeds), "</div>")
 
 
 def render_headline(
@@ -135,23 +157,29 @@ def render_headline(
     seeds = [gather(d) for d in study_dirs]
     mean = mean_facts(seeds)
     names = ", ".join(str(f.study["seed"]) for f in seeds)
-    show = f'<section><p class="eyebrow">From here on: pictures, curves and run of seed {seeds[0].study["seed"]}</p></section>'
-    body = "".join([opening(mean, f"mean of {len(seeds)} seeds ({names})"), plots(mean), results(mean), seed_table(seeds), seed_checks(seeds), limits(mean), show,
-                    clips(seeds[0]), questions(seeds[0]), dataset_pictures(seeds[0]), training(seeds[0]), diagnosis(seeds[0]), provenance(seeds[0])])
-    with atomic_write(out/"index.html", "w") as f: f.write(page(QUESTION, body+"<footer>Written by <code class=cmd>make headline</code> from the files of its seeds.</footer>"))
+    show = f'<section><p class="eyebrow">Pictures, curves and run of seed {seeds[0].study["seed"]}</p></section>'
+    body = "".join([opening(mean, f"mean of {len(seeds)} seeds ({names})"), plots(mean), results(mean),
+                    seed_table(seeds), seed_checks(seeds), limits(mean), show,
+                    clips(seeds[0]), questions(seeds[0]), dataset_pictures(seeds[0]), training(seeds[0]),
+                    diagnosis(seeds[0]), provenance(seeds[0])])
+    with atomic_write(out/"index.html", "w") as f: f.write(page(QUESTION, body+"<footer>Written by <code "
+        "class=cmd>make headline</code> from the files of its seeds.</footer>"))
     write_json(out/"summary.json", mean.summary)
     write_json(out/"seeds.json", each)
     return out/"index.html"
 
-# %% ../../nbs/apps/950_report.ipynb #4e34777a
+# %% ../../nbs/apps/950_report.ipynb #98861b28
 def main(
     argv,  # --study=FOLDER --output=FOLDER
 ) -> int:  # exit status
     "`vla-nb report [--study=outputs/demo --output=reports/demo]`: draw the page again, without training."
     flags = parse_flags(argv)
-    if unknown := set(flags)-{"study", "output"}: raise UserError(f"vla-nb report does not know --{sorted(unknown)[0]}; it takes --study=FOLDER and --output=FOLDER.")
-    study, out = Path(flags.get("study", settings().outputs/"demo")), Path(flags.get("output", settings().reports/"demo"))
+    if unknown := set(flags)-{"study", "output"}: raise UserError(f"vla-nb report does not know "
+        f"--{sorted(unknown)[0]}; it takes --study=FOLDER and --output=FOLDER.")
+    study, out = Path(flags.get("study", settings().outputs/"demo")), Path(flags.get("output",
+        settings().reports/"demo"))
     found = [study] if (study/"study.json").exists() else sorted(p.parent for p in study.glob("seed*/study.json"))
-    if not found: raise UserError(f"{study} holds no study (no study.json there or in a seed folder); run `vla-nb experiment run demo` first.")
+    if not found: raise UserError(f"{study} holds no study (no study.json there or in a seed folder); run `vla-nb "
+                                  f"experiment run demo` first.")
     print(render(found[0], out/"index.html") if len(found) == 1 else render_headline(found, out))
     return 0

@@ -48,12 +48,15 @@ class Chart:
         self.x, self.y, self.w, self.h, self.items, self.boxes = x, y, w, h, [], []
         fx, fy = show if isinstance(show, tuple) else (show, show)
         for v in ticks(*x) if xticks is None else xticks:
-            self.items.append(f'<text x="{self.px(v):.1f}" y="{h-self.B+16}" text-anchor="middle" class="t">{escape(fx(v))}</text>')
+            self.items.append(f'<text x="{self.px(v):.1f}" y="{h-self.B+16}" text-anchor="middle" '
+                              f'class="t">{escape(fx(v))}</text>')
         for v in ticks(*y, 5) if yticks is None else yticks:
             self.rule(v)
-            self.items.append(f'<text x="{self.L-6}" y="{self.py(v)+4:.1f}" text-anchor="end" class="t">{escape(fy(v))}</text>')
+            self.items.append(f'<text x="{self.L-6}" y="{self.py(v)+4:.1f}" text-anchor="end" '
+                              f'class="t">{escape(fy(v))}</text>')
         self.items.append(f'<text x="{(self.L+w-self.R)/2}" y="{h-6}" text-anchor="middle">{escape(xlabel)}</text>'
-                          f'<text transform="translate(11 {(self.T+h-self.B)/2}) rotate(-90)" text-anchor="middle">{escape(ylabel)}</text>')
+                          f'<text transform="translate(11 {(self.T+h-self.B)/2}) rotate(-90)" '
+                          f'text-anchor="middle">{escape(ylabel)}</text>')
 
     def px(self, v): return self.L+(v-self.x[0])/(self.x[1]-self.x[0])*(self.w-self.L-self.R)
 
@@ -64,10 +67,12 @@ class Chart:
 
     def svg(self, label):
         style = "<style>.t{fill:var(--soft);font-size:11px}text{fill:currentColor}</style>"
-        return f'<svg viewBox="0 0 {self.w} {self.h}" role="img" aria-label="{escape(label)}">{style}{"".join(self.items)}</svg>'
+        head = f'<svg viewBox="0 0 {self.w} {self.h}" role="img" aria-label="{escape(label)}">'
+        return f'{head}{style}{"".join(self.items)}</svg>'
 
 # %% ../../nbs/apps/933_report_charts.ipynb #e5975743
-SHAPES = {"theta0": "M-5 -5H5V5H-5Z", "sft": "M-5 -5L5 5M5 -5L-5 5", "craft": "M0 -6L6 0L0 6L-6 0Z", "replay": "M0 -6L6 5H-6Z",
+SHAPES = {"theta0": "M-5 -5H5V5H-5Z", "sft": "M-5 -5L5 5M5 -5L-5 5", "craft": "M0 -6L6 0L0 6L-6 0Z",
+          "replay": "M0 -6L6 5H-6Z",
           "wise": "M-5 0A5 5 0 1 1 5 0A5 5 0 1 1 -5 0Z"}
 
 
@@ -79,11 +84,14 @@ def mark(
 ):
     "A method's point with its intervals."
     c, px, py = colour_of(name), chart.px(x), chart.py(y)
-    lines = (f"M{chart.px(xr[0]):.1f} {py:.1f}H{chart.px(xr[1]):.1f}" if xr else "")+(f"M{px:.1f} {chart.py(yr[0]):.1f}V{chart.py(yr[1]):.1f}" if yr else "")
+    lines = (f"M{chart.px(xr[0]):.1f} {py:.1f}H{chart.px(xr[1]):.1f}" if xr else "")+(f"M{px:.1f} "
+        f"{chart.py(yr[0]):.1f}V{chart.py(yr[1]):.1f}" if yr else "")
     shape = SHAPES[name.split("_")[0]]
-    paint = f'stroke-width="2.6" style="stroke:{c};fill:none"' if name == "sft" else f'style="fill:{c};stroke:var(--card)"'
+    paint = f'style="fill:{c};stroke:var(--card)"'
+    if name == "sft": paint = f'stroke-width="2.6" style="stroke:{c};fill:none"'
     chart.items.append(f'<path d="{lines}" style="stroke:{c}" stroke-width="1.3" opacity=".4" fill="none"/>'
-                       f'<path transform="translate({px:.1f} {py:.1f})" d="{shape}" {paint}><title>{escape(short(name))}</title></path>')
+                       f'<path transform="translate({px:.1f} {py:.1f})" d="{shape}" '
+                       f'{paint}><title>{escape(short(name))}</title></path>')
     chart.boxes.append((px-6, py-6, px+6, py+6))
 
 # %% ../../nbs/apps/933_report_charts.ipynb #8d0403d5
@@ -114,7 +122,8 @@ def write(
     style: str,  # CSS
 ):
     "Text with a halo, so that lines below it do not cross it."
-    chart.items.append(f'<text x="{box[0]+1:.1f}" y="{box[1]+10:.1f}" style="paint-order:stroke;stroke:var(--card);stroke-width:3px;{style}">{escape(text)}</text>')
+    chart.items.append(f'<text x="{box[0]+1:.1f}" y="{box[1]+10:.1f}" '
+                       f'style="paint-order:stroke;stroke:var(--card);stroke-width:3px;{style}">{escape(text)}</text>')
 
 # %% ../../nbs/apps/933_report_charts.ipynb #d9b3739a
 def label_points(
@@ -126,13 +135,16 @@ def label_points(
         px, py, text = chart.px(x), chart.py(y), short(name)
         width, spots = 7.4*len(text)+2, []
         for r in range(10, 110, 7):
-            spots += [(px+r, py-6), (px-r-width, py-6), (px-width/2, py-r-12), (px-width/2, py+r), (px+r*.7, py-r), (px-r*.7-width, py-r),
+            spots += [(px+r, py-6), (px-r-width, py-6), (px-width/2, py-r-12), (px-width/2, py+r), (px+r*.7, py-r),
+                      (px-r*.7-width, py-r),
                       (px+r*.7, py+r-8), (px-r*.7-width, py+r-8)]
         b = free_spot(chart, spots, width)
         near = (min(max(px, b[0]), b[2]), min(max(py, b[1]), b[3]))
         if (near[0]-px)**2+(near[1]-py)**2 > 150:
-            chart.items.append(f'<path d="M{px:.1f} {py:.1f}L{near[0]:.1f} {near[1]:.1f}" stroke="var(--soft)" stroke-width=".7"/>')
-        write(chart, b, text, f"fill:color-mix(in srgb,{colour_of(name)} 70%,var(--ink));font-weight:600;font-size:11.5px")
+            chart.items.append(f'<path d="M{px:.1f} {py:.1f}L{near[0]:.1f} {near[1]:.1f}" stroke="var(--soft)" '
+                               f'stroke-width=".7"/>')
+        write(chart, b, text, f"fill:color-mix(in srgb,{colour_of(name)} "
+              f"70%,var(--ink));font-weight:600;font-size:11.5px")
 
 def name_level(
     chart: Chart,  # plot whose marks are already drawn
@@ -156,7 +168,8 @@ def line(
     for x, y in zip(xs, ys):
         if y is None: pen = "M"; continue
         path += f"{pen}{chart.px(x):.1f} {chart.py(min(max(y, chart.y[0]), chart.y[1])):.1f}"; pen = "L"
-    chart.items.append(f'<path d="{path}" fill="none" stroke-width="{width}" stroke-linejoin="round" stroke-dasharray="{dash}" style="stroke:{colour}"/>')
+    chart.items.append(f'<path d="{path}" fill="none" stroke-width="{width}" stroke-linejoin="round" '
+                       f'stroke-dasharray="{dash}" style="stroke:{colour}"/>')
 
 
 def smooth(
@@ -170,7 +183,7 @@ def smooth(
         out.append(total/min(i+1, window))
     return out
 
-
+# %% ../../nbs/apps/933_report_charts.ipynb #7cbe1968
 def thin(
     xs, ys,  # data
     most: int = 150,  # points to keep
@@ -180,7 +193,7 @@ def thin(
     keep = sorted({*range(0, len(xs), step), len(xs)-1})
     return [xs[i] for i in keep], [ys[i] for i in keep]
 
-# %% ../../nbs/apps/933_report_charts.ipynb #7cbe1968
+# %% ../../nbs/apps/933_report_charts.ipynb #2c9226f9
 def histogram(
     values,  # numbers
     edges,  # bin borders, ascending
@@ -195,8 +208,10 @@ def histogram(
     chart = Chart((edges[0], edges[-1]), (0, max([*counts, 1])*1.08), xlabel, "steps", show=lambda v: f"{v:g}", **size)
     for n, a, b in zip(counts, edges, edges[1:]):
         x0, x1 = chart.px(a)+.5, chart.px(b)-.5
-        chart.items.append(f'<rect x="{x0:.1f}" y="{chart.py(n):.1f}" width="{x1-x0:.1f}" height="{chart.py(0)-chart.py(n):.1f}" style="fill:{colour}"/>')
-    if at is not None: chart.items.append(f'<path d="M{chart.px(at):.1f} {chart.T}V{chart.h-chart.B}" stroke="var(--bad)" stroke-dasharray="4 3"/>')
+        chart.items.append(f'<rect x="{x0:.1f}" y="{chart.py(n):.1f}" width="{x1-x0:.1f}" '
+                           f'height="{chart.py(0)-chart.py(n):.1f}" style="fill:{colour}"/>')
+    if at is not None: chart.items.append(f'<path d="M{chart.px(at):.1f} {chart.T}V{chart.h-chart.B}" '
+                                          f'stroke="var(--bad)" stroke-dasharray="4 3"/>')
     return chart.svg(label)
 
 
@@ -207,11 +222,12 @@ def interval_bar(
 ) -> str:  # SVG for a table cell
     "A share and its interval as a line 64 units long."
     c, x = colour_of(name), lambda v: f"{62*v+1:.1f}"
-    return (f'<svg viewBox="0 0 64 8" style="width:64px;display:inline-block;margin-left:6px" aria-hidden="true"><path d="M1 4H63" stroke="var(--line)" stroke-width="3"/>'
+    return (f'<svg viewBox="0 0 64 8" style="width:64px;display:inline-block;margin-left:6px" '
+            f'aria-hidden="true"><path d="M1 4H63" stroke="var(--line)" stroke-width="3"/>'
             f'<path d="M{x(interval[0])} 4H{x(interval[1])}" stroke-width="3" style="stroke:{c}" opacity=".45"/>'
             f'<circle cx="{x(value)}" cy="4" r="3" style="fill:{c}"/></svg>')
 
-# %% ../../nbs/apps/933_report_charts.ipynb #2c9226f9
+# %% ../../nbs/apps/933_report_charts.ipynb #390e7afa
 def tradeoff(
     named,  # list of (method name, x, y, (x lo, x hi) or None, (y lo, y hi) or None)
     xlabel: str, ylabel: str,  # axis titles
@@ -223,8 +239,10 @@ def tradeoff(
 ) -> str:  # SVG
     "Forgetting against learning."
     inside = lambda axis: [v for v in levels if axis[0] <= v <= axis[1]]
-    chart = Chart(x, y, xlabel, ylabel, h=300, show=show, xticks=ticks(*sorted(x)) if x[0] > x[1] else inside(x), yticks=inside(y))
-    marks = {"θ0 before fine-tuning": p[2] for p in named if p[0] == "theta0"} | ({} if chance is None else {"guessing": chance})
+    chart = Chart(x, y, xlabel, ylabel, h=300, show=show, xticks=ticks(*sorted(x)) if x[0] > x[1] else inside(x),
+                  yticks=inside(y))
+    marks = {"θ0 before fine-tuning": p[2] for p in named if p[0] == "theta0"} | ({} if chance is None
+        else {"guessing": chance})
     for v in marks.values(): line(chart, chart.x, (v, v), "var(--soft)", "4 3", 1)
     for n, px, py, xr, yr in named: mark(chart, n, px, py, xr, yr)
     for text, v in marks.items(): name_level(chart, v, text)

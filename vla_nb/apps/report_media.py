@@ -30,14 +30,16 @@ def clip_uris(
 ) -> dict:  # name -> data URI
     "The clips as data URIs; refused when they are too heavy for one page."
     missing = [c for c in CLIPS if not (Path(folder)/f"{c}.mp4").exists()]
-    if missing: raise UserError(f"Clip {Path(folder)/missing[0]}.mp4 is missing; film it with: vla-nb experiment run demo --only=clips")
+    if missing: raise UserError(f"Clip {Path(folder)/missing[0]}.mp4 is missing; film it with: vla-nb experiment run "
+                                f"demo --only=clips")
     uris = {c: data_uri((Path(folder)/f"{c}.mp4").read_bytes(), "video/mp4") for c in CLIPS}
     total = sum(map(len, uris.values()))
     if total > CLIP_LIMIT:
-        raise UserError(f"The clips in {folder} take {total} bytes inside the page, the limit is {CLIP_LIMIT}; film fewer frames or smaller ones.")
+        raise UserError(f"The clips in {folder} take {total} bytes inside the page, the limit is {CLIP_LIMIT}; film "
+                        f"fewer frames or smaller ones.")
     return uris
 
-
+# %% ../../nbs/apps/935_report_media.ipynb #c160de38
 def clips(
     facts: Facts,  # study
 ) -> str:  # HTML section
@@ -47,11 +49,16 @@ def clips(
     what, uris = read_json(folder/"clips.json"), clip_uris(folder)
     name = dict(theta0="theta0", sft="sft", craft=what["craft"])
     outcome = lambda ok: f'<span class="{"ok" if ok else "no"}">{"✓ done" if ok else "✗ not done"}</span>'
-    films = "".join(f'<figure><video src="{uris[c]}" autoplay loop muted playsinline title="click to pause" onclick="this.paused?this.play():this.pause()" aria-label="{escape(short(name[c]))}"></video>'
-                    f'<figcaption>{chip(name[c])}<br>{outcome(what["success"][c])}</figcaption></figure>' for c in CLIPS)
-    return section("clips", "One old task, three policies", f'<p>{escape(what["task"])}, the same start state (seed {what["seed"]}'
-                   f'{", episode %d" % what["episode"] if "episode" in what else ""}): before fine-tuning, after SFT, after {escape(short(what["craft"]))}.</p>',
-                   f'<div class="clips">{films}</div>', '<p class="small soft">Chosen by rule: the first start state that θ0 masters, SFT fails and '
+    films = "".join(f'<figure><video src="{uris[c]}" autoplay loop muted playsinline title="click to pause" '
+                    f'onclick="this.paused?this.play():this.pause()" aria-label="{escape(short(name[c]))}"></video>'
+                    f'<figcaption>{chip(name[c])}<br>{outcome(what["success"][c])}</figcaption></figure>'
+                    for c in CLIPS)
+    return section("clips", "One old task, three policies", f'<p>{escape(what["task"])}, the same start state (seed '
+                   f'{what["seed"]}'
+                   f'{", episode %d" % what["episode"] if "episode" in what else ""}): before fine-tuning, after '
+                   f'SFT, after {escape(short(what["craft"]))}.</p>',
+                   f'<div class="clips">{films}</div>', '<p class="small soft">Chosen by rule: the first start state '
+                   'that θ0 masters, SFT fails and '
                    'CRaFT masters, if there is one.</p>', made_by(facts.command("clips", "train")))
 
 # %% ../../nbs/apps/935_report_media.ipynb #418a3599
@@ -78,7 +85,7 @@ def draw(
             if piles[c] and len(out) < k: out.append(piles[c].pop(0))
     return out
 
-# %% ../../nbs/apps/935_report_media.ipynb #c160de38
+# %% ../../nbs/apps/935_report_media.ipynb #42ce856c
 def split_questions(
     questions: dict,  # id -> question
     mcq: dict,  # method -> mcq.json
@@ -87,7 +94,8 @@ def split_questions(
     "Which questions SFT flips and CRaFT keeps, and which CRaFT loses."
     right = {m: {r["id"]: bool(r["correct"]) for r in mcq[m]["results"]} for m in ("theta0", "sft", craft)}
     known = [q for i, q in questions.items() if right["theta0"].get(i)]
-    return ([q for q in known if not right["sft"][q["id"]] and right[craft][q["id"]]], [q for q in known if not right[craft][q["id"]]])
+    return ([q for q in known if not right["sft"][q["id"]] and right[craft][q["id"]]], [q for q in known
+        if not right[craft][q["id"]]])
 
 
 def question_pictures(
@@ -97,11 +105,12 @@ def question_pictures(
     out = []
     for name in [q["image_path"]] if isinstance(q["image_path"], str) else q["image_path"]:
         path = next((p for p in (q["folder"]/name, Path(name)) if p.exists()), None)
-        if path is None: raise UserError(f"Picture {name} of question {q['id']} is missing below {q['folder']}; build the questions again: vla-nb mcq build")
+        if path is None: raise UserError(f"Picture {name} of question {q['id']} is missing below {q['folder']}; "
+                                         f"build the questions again: vla-nb mcq build")
         out.append(data_uri(path.read_bytes(), "image/png" if path.suffix == ".png" else "image/jpeg"))
     return out
 
-
+# %% ../../nbs/apps/935_report_media.ipynb #88ab5416
 def question_card(
     q: dict,  # question
     scores: dict,  # method -> log-likelihood per choice
@@ -111,33 +120,41 @@ def question_card(
     rows = ""
     for i, choice in enumerate(q["choices"]):
         gold = ' <span class="ok">✓</span>' if i == q["answer_index"] else ""
-        bars = "".join(f'<div class="bar" style="--c:{colour_of(m)}" title="{escape(short(m))}: {percent(x[i])}"><i style="width:{100*x[i]:.1f}%"></i></div>'
+        bars = "".join(f'<div class="bar" style="--c:{colour_of(m)}" title="{escape(short(m))}: {percent(x[i])}"><i '
+                       f'style="width:{100*x[i]:.1f}%"></i></div>'
                        for m, x in p.items())
         rows += f'<div class="choice">{escape(str(choice))}{gold}<div class="bars">{bars}</div></div>'
     seen = "".join(f'<img src="{u}" alt="scene of the question">' for u in question_pictures(q))
     return (f'<div class="card question"><div>{seen}</div><div><p>{escape(q["question"])}</p>{rows}</div></div>')
 
-# %% ../../nbs/apps/935_report_media.ipynb #42ce856c
+# %% ../../nbs/apps/935_report_media.ipynb #d731997a
 def questions(
     facts: Facts,  # study
 ) -> str:  # HTML section
     "Six questions that CRaFT kept and six that it lost."
     best = best_craft(facts.summary)
-    if not best or not {"theta0", "sft"} <= set(facts.mcq): return section("questions", "Question by question", f"<p>{PENDING}</p>")
+    if not best or not {"theta0", "sft"} <= set(facts.mcq): return section("questions", "Question by question",
+        f"<p>{PENDING}</p>")
     craft, rows = best["name"], question_rows(facts.study)
     kept, lost = split_questions(rows, facts.mcq, craft)
     scores = {m: {r["id"]: r["log_likelihoods"] for r in facts.mcq[m]["results"]} for m in ("theta0", "sft", craft)}
-    cards = lambda qs: '<div class="grid">'+"".join(question_card(q, {m: s[q["id"]] for m, s in scores.items()}) for q in draw(qs))+"</div>"
+    cards = lambda qs: '<div class="grid">'+"".join(question_card(q, {m: s[q["id"]] for m, s in scores.items()})
+                                                    for q in draw(qs))+"</div>"
     legend = " &nbsp; ".join(chip(m) for m in scores)
     name = short(craft)
     total = sum(bool(r["correct"]) for r in facts.mcq["theta0"]["results"])
-    rule = f"Bars are the probability of each choice, ✓ marks the right one. {len(draw(kept))} and {len(draw(lost))} are shown, drawn over the categories by a fixed rule."
-    return section("questions", "Question by question", f'<p>θ0 answers {total} of {len(rows)} questions correctly. {rule}</p><p>{legend}</p>',
-                   f"<h3>SFT flips, {escape(name)} does not: {len(kept)} questions</h3>", cards(kept) if kept else "<p>There is none.</p>",
-                   f"<h3>{escape(name)} fails where θ0 was right: {len(lost)} questions</h3>", cards(lost) if lost else "<p>There is none.</p>",
+    rule = (f"Bars are the probability of each choice, ✓ marks the right one. {len(draw(kept))} and "
+            f"{len(draw(lost))} are "
+            "shown, drawn over the categories by a fixed rule.")
+    return section("questions", "Question by question", f'<p>θ0 answers {total} of {len(rows)} questions correctly. '
+                   f'{rule}</p><p>{legend}</p>',
+                   f"<h3>SFT flips, {escape(name)} does not: {len(kept)} questions</h3>", cards(kept) if kept
+                   else "<p>There is none.</p>",
+                   f"<h3>{escape(name)} fails where θ0 was right: {len(lost)} questions</h3>", cards(lost) if lost
+                   else "<p>There is none.</p>",
                    made_by(*(facts.command(m, "mcq") for m in scores)))
 
-# %% ../../nbs/apps/935_report_media.ipynb #88ab5416
+# %% ../../nbs/apps/935_report_media.ipynb #8ba77941
 def first_episodes(
     dataset,  # LeRobotDataset
 ) -> dict:  # task text -> episode record
@@ -157,7 +174,7 @@ def episode_actions(
     ds = LeRobotDataset(root, delta_timestamps={"action": [i/fps for i in range(length)]})
     return ds[start]["action"].numpy()[:length]
 
-
+# %% ../../nbs/apps/935_report_media.ipynb #834ae400
 def action_chart(
     actions,  # array [T, A]
     fps: float,  # frames per second
@@ -165,14 +182,16 @@ def action_chart(
 ) -> str:  # SVG
     "Recorded actions of one episode over time."
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6b422", "#56b4e9", "#8f4c73")
-    chart = Chart((0, max(len(actions)-1, 1)/fps), span([float(v) for v in actions.ravel()]), "seconds", "action", h=190)
+    chart = Chart((0, max(len(actions)-1, 1)/fps), span([float(v) for v in actions.ravel()]), "seconds", "action",
+                  h=190)
     for k, n in enumerate(names):
         c = colours[k % len(colours)]
         line(chart, [i/fps for i in range(len(actions))], [float(v) for v in actions[:, k]], c)
-        chart.items.append(f'<text x="{chart.L+6+62*k}" y="11" style="fill:{c};font-weight:600;font-size:11px">{escape(str(n))}</text>')
+        chart.items.append(f'<text x="{chart.L+6+62*k}" y="11" '
+                           f'style="fill:{c};font-weight:600;font-size:11px">{escape(str(n))}</text>')
     return chart.svg("actions of one episode")
 
-# %% ../../nbs/apps/935_report_media.ipynb #d731997a
+# %% ../../nbs/apps/935_report_media.ipynb #3110fd15
 def policy_view(
     policy,  # loaded policy with a FAST tokenizer step
     item: dict,  # one dataset item with an action chunk
@@ -186,7 +205,7 @@ def policy_view(
     chunk = policy.preprocessor.inverse()({"action": step.codec.decode(codes)})["action"]
     return dict(prompt=step.tokenizer.decode(ids.tolist()), tokens=len(codes[0]), chunk=chunk[0].numpy())
 
-
+# %% ../../nbs/apps/935_report_media.ipynb #6e72b0cb
 def task_card(
     root,  # dataset folder
     dataset,  # LeRobotDataset of this folder
@@ -197,7 +216,8 @@ def task_card(
     from vla_nb.core.plot import png_data_uri
     meta, start, n = dataset.meta, episode["dataset_from_index"], episode["length"]
     item = dataset[start]
-    frames = "".join(f'<img src="{png_data_uri(item[k].numpy().transpose(1, 2, 0))}" alt="{escape(k)}" title="{escape(k)}">'
+    frames = "".join(f'<img src="{png_data_uri(item[k].numpy().transpose(1, 2, 0))}" alt="{escape(k)}" '
+                     f'title="{escape(k)}">'
                      for k in item if k.startswith("observation.images."))
     actions = episode_actions(root, start, n, meta.fps)
     ft = meta.features["action"].get("names") or []
@@ -207,11 +227,13 @@ def task_card(
         chunk = {**item, "action": episode_actions_chunk(actions, policy.config.chunk_size)}
         v = policy_view(policy, chunk)
         error = abs(v["chunk"]-chunk["action"].numpy()).mean()
-        seen = (f'<p class="small">The policy reads <code class="cmd">{escape(repr(v["prompt"]))}</code> and writes the first {len(v["chunk"])} '
+        seen = (f'<p class="small">The policy reads <code class="cmd">{escape(repr(v["prompt"]))}</code> and writes '
+                f'the first {len(v["chunk"])} '
                 f'actions as {v["tokens"]} tokens (mean error of the codec {error:.3f}).</p>')
-    return f'<div class="card"><h3>{escape(task)}</h3><div class="frames">{frames}</div>{seen}{action_chart(actions, meta.fps, names)}</div>'
+    chart = action_chart(actions, meta.fps, names)
+    return f'<div class="card"><h3>{escape(task)}</h3><div class="frames">{frames}</div>{seen}{chart}</div>'
 
-
+# %% ../../nbs/apps/935_report_media.ipynb #1e29f6c8
 def episode_actions_chunk(
     actions,  # array [T, A]
     size: int,  # chunk length
@@ -220,7 +242,7 @@ def episode_actions_chunk(
     import torch
     return torch.as_tensor(actions[[min(i, len(actions)-1) for i in range(size)]])
 
-# %% ../../nbs/apps/935_report_media.ipynb #8ba77941
+# %% ../../nbs/apps/935_report_media.ipynb #4f77c284
 def starting_policy(
     facts: Facts,  # study
 ):  # -> policy, or None when theta0 is not trained yet
@@ -241,7 +263,10 @@ def dataset_pictures(
     ds, policy = LeRobotDataset(root), starting_policy(facts)
     cards = "".join(task_card(root, ds, t, e, policy) for t, e in first_episodes(ds).items())
     cameras = [k.rsplit(".", 1)[-1] for k in ds.meta.features if k.startswith("observation.images.")]
-    return section("data", "The demonstrations", f'<p>{ds.meta.total_episodes} episodes, {ds.meta.total_frames} frames at {ds.meta.fps:g} per second, '
-                   f'cameras {escape(", ".join(cameras))}, recorded from scripted experts in the simulator. One episode per task: its first frame, '
-                   'what the policy reads, and the recorded actions in physical units.</p>', f'<div class="grid" style="--min:250px">{cards}</div>',
+    return section("data", "The demonstrations", f'<p>{ds.meta.total_episodes} episodes, {ds.meta.total_frames} '
+                   f'frames at {ds.meta.fps:g} per second, '
+                   f'cameras {escape(", ".join(cameras))}, recorded from scripted experts in the simulator. One '
+                   f'episode per task: its first frame, '
+                   'what the policy reads, and the recorded actions in physical units.</p>',
+                   f'<div class="grid" style="--min:250px">{cards}</div>',
                    made_by(facts.command("data", "train")))

@@ -12,9 +12,11 @@ from html import escape
 from pathlib import Path
 
 from .report_charts import interval_bar, span, tradeoff
-from .report_html import (PENDING, chip, colour_of, fold, made_by, number, p_value, percent, seconds, section,
+from .report_html import (PENDING, chip, colour_of, fold, made_by, number, p_value, percent, seconds,
+                                     section,
                                      short, size, table)
-from ..evaluation.compare import (EVALUATIONS, acceptance, best_craft, complete, load_study, method_row, old_tasks, rate,
+from ..evaluation.compare import (EVALUATIONS, acceptance, best_craft, complete, load_study, method_row,
+                                       old_tasks, rate,
                                        read_result, result_command, success_of)
 from ..evaluation.stats import mcnemar, wilson
 
@@ -42,7 +44,8 @@ def gather(
 ) -> Facts:  # what is there so far
     "Read a study, finished or not."
     study = load_study(study_dir)
-    read = lambda what: {m: r for m in study["methods"] if (r := read_result(study["dir"]/m, what, study, partial=True))}
+    read = lambda what: {m: r for m in study["methods"] if (r := read_result(study["dir"]/m, what, study,
+        partial=True))}
     rows = {m: method_row(study, m, partial=True) for m in study["methods"]}
     mcq = read("mcq")
     return Facts(study, rows, mcq, read("rollout"), next((m["chance"] for m in mcq.values()), None))
@@ -65,7 +68,8 @@ def judge(
     parts = {k: share(v[best["name"]]-v["sft"], v["theta0"]-v["sft"]) for k, v in (("mcq", acc), ("old", old))}
     held = [p is not None and p >= .5 for p in parts.values()]
     sure = best["mcq_p_vs_sft"] < .01
-    answer = "nothing lost" if None in parts.values() else "yes" if all(held) and sure else "partly" if any(held) else "no"
+    answer = "yes" if all(held) and sure else "partly" if any(held) else "no"
+    if None in parts.values(): answer = "nothing lost"
     return dict(answer=answer, best=best, **parts)
 
 # %% ../../nbs/apps/934_report_results.ipynb #9bebe11d
@@ -87,11 +91,13 @@ def loss_sentence(
     t0, sft = by["theta0"], by["sft"]
     old = [rate(success_of(r, old_tasks(r))) for r in (t0, sft)]
     new = [rate(success_of(r, [r["new_task"]])) for r in (t0, sft)]
-    return (f"Plain fine-tuning lifts new-task success from {percent(new[0])} to {percent(new[1])}, but question accuracy goes "
-            f"from {percent(t0['mcq_accuracy'])} to <b>{percent(sft['mcq_accuracy'])}</b> (guessing: {percent(facts.chance)}) "
+    return (f"Plain fine-tuning lifts new-task success from {percent(new[0])} to {percent(new[1])}, but question "
+            f"accuracy goes "
+            f"from {percent(t0['mcq_accuracy'])} to <b>{percent(sft['mcq_accuracy'])}</b> (guessing: "
+            f"{percent(facts.chance)}) "
             f"and old-task success from {percent(old[0])} to <b>{percent(old[1])}</b>.")
 
-
+# %% ../../nbs/apps/934_report_results.ipynb #ce1b8bbb
 def verdict(
     facts: Facts,  # study
 ) -> str:  # HTML, one paragraph
@@ -104,16 +110,21 @@ def verdict(
     v = judge(facts)
     best, new = v["best"], v["best"]["new_task"]
     if v["answer"] == "nothing lost":
-        return f'<p class="verdict"><b>Nothing to prevent.</b> {loss_sentence(facts)} SFT did not forget on every measure, so the question stays open.</p>'
+        return (f'<p class="verdict"><b>Nothing to prevent.</b> {loss_sentence(facts)} SFT did not forget on every '
+                f'measure, '
+                'so the question stays open.</p>')
     p = paired_success(facts, "sft", best["name"], [new])
     sft = next(r for r in facts.summary["methods"] if r["name"] == "sft")
-    word = {"yes": "CRaFT prevents most of it.", "partly": "CRaFT prevents part of it.", "no": "CRaFT prevents little of it."}[v["answer"]]
-    return (f'<p class="verdict"><b>{word}</b> {loss_sentence(facts)} {escape(short(best["name"]))} prevents <b>{percent(v["mcq"])}</b> of the '
-            f'loss in question accuracy (paired p {p_value(best["mcq_p_vs_sft"])}) and <b>{percent(v["old"])}</b> of the loss in old-task '
+    word = {"yes": "CRaFT prevents most of it.", "partly": "CRaFT prevents part of it.", "no": "CRaFT prevents "
+            "little of it."}[v["answer"]]
+    return (f'<p class="verdict"><b>{word}</b> {loss_sentence(facts)} {escape(short(best["name"]))} prevents '
+            f'<b>{percent(v["mcq"])}</b> of the '
+            f'loss in question accuracy (paired p {p_value(best["mcq_p_vs_sft"])}) and <b>{percent(v["old"])}</b> of '
+            f'the loss in old-task '
             f'success; on the new task it succeeds in {percent(rate(success_of(best, [new])))} of the episodes, SFT in '
             f'{percent(rate(success_of(sft, [new])))} (paired p {p_value(p)}).</p>')
 
-# %% ../../nbs/apps/934_report_results.ipynb #ce1b8bbb
+# %% ../../nbs/apps/934_report_results.ipynb #3494688e
 NEEDS = {"replay": "which needs the old data with its labels", "wise": "which needs nothing but the two checkpoints"}
 
 
@@ -126,18 +137,21 @@ def rival(
     if not others or "sft" not in by: return ""
     fit = {n: r for n, r in others.items() if r["heldout_task_loss"] <= 1.1*by["sft"]["heldout_task_loss"]} or others
     r = max(fit.values(), key=lambda r: r["mcq_accuracy"]+rate(success_of(r, old_tasks(r))))
-    return (f'<p>The strongest baseline by the same rule is {escape(short(r["name"]))}, {NEEDS[r["name"].split("_")[0]]}: question accuracy '
+    return (f'<p>The strongest baseline by the same rule is {escape(short(r["name"]))}, '
+            f'{NEEDS[r["name"].split("_")[0]]}: question accuracy '
             f'{percent(r["mcq_accuracy"])}, old tasks {percent(rate(success_of(r, old_tasks(r))))}, new task '
             f'{percent(rate(success_of(r, [r["new_task"]])))}.</p>')
 
-# %% ../../nbs/apps/934_report_results.ipynb #3494688e
+# %% ../../nbs/apps/934_report_results.ipynb #56a68efd
 def tile(
     title: str, text: str,  # heading and explanation, plain text
     values,  # list of (method, share or None)
 ) -> str:  # HTML
     "One measure as bars."
-    rows = "".join(f'<tr><td style="border:0;padding:3px 8px 3px 0;background:none">{chip(n)}</td><td style="border:0;width:60%;padding:3px 8px">'
-                   f'<div class="bar" style="--c:{colour_of(n)};height:12px;margin-top:6px"><i style="width:{100*(x or 0):.1f}%"></i></div></td>'
+    rows = "".join(f'<tr><td style="border:0;padding:3px 8px 3px 0;background:none">{chip(n)}</td><td '
+                   f'style="border:0;width:60%;padding:3px 8px">'
+                   f'<div class="bar" style="--c:{colour_of(n)};height:12px;margin-top:6px"><i '
+                   f'style="width:{100*(x or 0):.1f}%"></i></div></td>'
                    f'<td style="border:0;padding:3px 0"><strong>{percent(x)}</strong></td></tr>' for n, x in values)
     return f'<div class="card tile"><b>{escape(title)}</b><table>{rows}</table><p>{escape(text)}</p></div>'
 
@@ -153,12 +167,14 @@ def tiles(
     pick = lambda f: [(r["name"], f(r)) for r in rows]
     chance = facts.summary["chance"]
     n = next((r["mcq_n"] for r in facts.rows.values() if r["mcq_n"]), None)
-    return '<div class="grid">'+tile("Still understands?", "Share of "+(f"{n} " if n else "")+"questions about new pictures answered correctly"
+    return '<div class="grid">'+tile("Still understands?", "Share of "+(f"{n} " if n else "")+
+                                     "questions about new pictures answered correctly"
         +(f"; guessing gives {percent(chance)}." if chance else "."), pick(lambda r: r["mcq_accuracy"]))+tile(
-        "Still can?", f"Success on the {len(old)} tasks the policy knew before.", pick(lambda r: rate(success_of(r, old))))+tile(
+        "Still can?", f"Success on the {len(old)} tasks the policy knew before.",
+        pick(lambda r: rate(success_of(r, old))))+tile(
         "Has learned?", f"Success on the new task, {new}.", pick(lambda r: rate(success_of(r, [new]))))+"</div>"
 
-# %% ../../nbs/apps/934_report_results.ipynb #56a68efd
+# %% ../../nbs/apps/934_report_results.ipynb #54b7093a
 def points(
     facts: Facts,  # study
     x: str, y: str,  # "new", "loss" and "mcq", "old"
@@ -173,12 +189,13 @@ def points(
         out.append((n, ax[0], ay[0], ax[1], ay[1]))
     return out
 
-
+# %% ../../nbs/apps/934_report_results.ipynb #82169d70
 def plots(
     facts: Facts,  # study
 ) -> str:  # HTML section
     "The plot of forgetting against learning, against success and, folded, against held-out loss."
-    if not any(map(complete, facts.rows.values())): return section("plot", "Forgetting against learning", f"<p>{PENDING}</p>")
+    if not any(map(complete, facts.rows.values())): return section("plot", "Forgetting against learning",
+        f"<p>{PENDING}</p>")
     words = {"new": "learned: new-task success, %", "loss": "learned: held-out new-task loss (falls to the right)",
              "mcq": "remembered: questions right, %", "old": "remembered: old-task success, %"}
     def figure(x, y):
@@ -189,12 +206,15 @@ def plots(
         low = max(-.04, min([chance, *(p[4][0] for p in named)])-.06) if y == "mcq" else -.04
         svg = tradeoff(named, words[x], words[y], f"{words[y]} against {words[x]}", loss, (low, 1.04), chance, show)
         return f'<figure class="card">{svg}</figure>'
-    cap = ("<p class='soft'>Top right is where everybody wants to be: the new task learned, nothing forgotten. Bars are 95 % intervals "
+    cap = ("<p class='soft'>Top right is where everybody wants to be: the new task learned, nothing forgotten. Bars "
+           "are 95 % intervals "
            "(bootstrap over pictures for questions, Wilson for episodes).</p>")
-    return section("plot", "Forgetting against learning", cap, f'<div class="grid">{figure("new", "mcq")}{figure("new", "old")}</div>',
-                   fold("The same against the held-out loss of the new task", f'<div class="grid">{figure("loss", "mcq")}{figure("loss", "old")}</div>'))
+    return section("plot", "Forgetting against learning", cap,
+                   f'<div class="grid">{figure("new", "mcq")}{figure("new", "old")}</div>',
+                   fold("The same against the held-out loss of the new task",
+                        f'<div class="grid">{figure("loss", "mcq")}{figure("loss", "old")}</div>'))
 
-# %% ../../nbs/apps/934_report_results.ipynb #54b7093a
+# %% ../../nbs/apps/934_report_results.ipynb #3247322e
 def share_cell(
     name: str,  # method
     value,  # share or None
@@ -203,7 +223,8 @@ def share_cell(
 ) -> str:  # HTML
     "A share with interval and count."
     if value is None: return PENDING
-    return f'<b>{percent(value)}</b>{interval_bar(name, value, interval)}<small>[{100*interval[0]:.0f}, {100*interval[1]:.0f}] · {n}</small>'
+    low, high = (f"{100*x:.0f}" for x in interval)
+    return f'<b>{percent(value)}</b>{interval_bar(name, value, interval)}<small>[{low}, {high}] · {n}</small>'
 
 
 def success_cell(
@@ -214,44 +235,57 @@ def success_cell(
     kn = success_of(row, tasks)
     return PENDING if kn is None else share_cell(row["name"], rate(kn), wilson(*kn), "{}/{}".format(*kn))
 
-
+# %% ../../nbs/apps/934_report_results.ipynb #dc53a390
 def result_cells(
     facts: Facts,  # study
     r: dict,  # method row
 ) -> list:  # HTML cells
     "One row of the main table."
     same = '<span class="soft">–</span>'
-    mcq = PENDING if r["mcq_accuracy"] is None else share_cell(r["name"], r["mcq_accuracy"], r["mcq_ci95"], f"n = {r['mcq_n']}")
-    return [chip(r["name"]), success_cell(r, [r["new_task"]]), success_cell(r, facts.study["old_tasks"]), mcq, percent(r["mcq_accuracy_absent"]),
-            same if r["name"] == "sft" else p_value(r["mcq_p_vs_sft"]), number(r["heldout_task_loss"]), number(r["heldout_old_loss"]),
-            number(r["retention_loss_heldout"]), seconds(r["train_seconds"]), size(r["peak_bytes"]), size(r["storage_bytes"])]
+    mcq = PENDING if r["mcq_accuracy"] is None else share_cell(r["name"], r["mcq_accuracy"], r["mcq_ci95"],
+        f"n = {r['mcq_n']}")
+    return [chip(r["name"]), success_cell(r, [r["new_task"]]), success_cell(r, facts.study["old_tasks"]), mcq,
+            percent(r["mcq_accuracy_absent"]),
+            same if r["name"] == "sft" else p_value(r["mcq_p_vs_sft"]), number(r["heldout_task_loss"]),
+            number(r["heldout_old_loss"]),
+            number(r["retention_loss_heldout"]), seconds(r["train_seconds"]), size(r["peak_bytes"]),
+            size(r["storage_bytes"])]
 
-# %% ../../nbs/apps/934_report_results.ipynb #82169d70
+# %% ../../nbs/apps/934_report_results.ipynb #37d1243c
 def results(
     facts: Facts,  # study
 ) -> str:  # HTML section
     "The results table, per-task successes and the commands behind every row."
     absent = ", ".join(facts.study["absent_categories"])
-    header = ["Method", "New task<small>success</small>", "Old tasks<small>success</small>", "Questions<small>accuracy</small>",
-              f"absent from anchors<small>{escape(absent)}</small>", "p vs SFT<small>paired, questions</small>", "New loss<small>held out, nats</small>",
-              "Old loss<small>held out, nats</small>", "L_ret<small>held out, KL</small>", "Training", "Peak memory", "Storage<small>policy + anchors</small>"]
+    header = ["Method", "New task<small>success</small>", "Old tasks<small>success</small>",
+              "Questions<small>accuracy</small>",
+              f"absent from anchors<small>{escape(absent)}</small>", "p vs SFT<small>paired, questions</small>",
+              "New loss<small>held out, nats</small>",
+              "Old loss<small>held out, nats</small>", "L_ret<small>held out, KL</small>", "Training", "Peak memory",
+              "Storage<small>policy + anchors</small>"]
     tasks = [*facts.study["old_tasks"], facts.study["new_task"]]
     rows = list(facts.rows.values())
     mark = ["base" if r["name"] in ("theta0", "sft") else "" for r in rows]
-    each = table(["Method", *map(escape, tasks)], [[chip(r["name"]), *(success_cell(r, [t]) for t in tasks)] for r in rows], mark)
+    each = table(["Method", *map(escape, tasks)], [[chip(r["name"]), *(success_cell(r, [t]) for t in tasks)]
+                                                   for r in rows], mark)
     cmd = lambda n, w: f'<code class="cmd">{escape(facts.command(n, w))}</code>'
-    commands = table(["Method", "training time, memory, storage", "success, accuracy, losses"], [[chip(n), cmd(n, "train"), cmd(n, "mcq")] for n in facts.rows], kind="left")
-    note = ('<p class="small soft">Intervals are 95 %. p: exact McNemar test on the same questions. L_ret: KL to θ0’s token distribution on held-out '
-            'anchors, the same measure for every method. Every fine-tuning method has the same steps, batch and learning rate.</p>')
-    return section("results", "Results", table(header, [result_cells(facts, r) for r in rows], mark), note, fold("Success task by task", each),
+    commands = table(["Method", "training time, memory, storage", "success, accuracy, losses"],
+                     [[chip(n), cmd(n, "train"), cmd(n, "mcq")] for n in facts.rows], kind="left")
+    note = ('<p class="small soft">Intervals are 95 %. p: exact McNemar test on the same questions. L_ret: KL to '
+            'θ0’s token distribution on held-out '
+            'anchors, the same measure for every method. Every fine-tuning method has the same steps, batch and '
+            'learning rate.</p>')
+    return section("results", "Results", table(header, [result_cells(facts, r) for r in rows], mark), note,
+                   fold("Success task by task", each),
                    fold("The command behind each row", commands))
 
-# %% ../../nbs/apps/934_report_results.ipynb #3247322e
+# %% ../../nbs/apps/934_report_results.ipynb #f3609706
 def checklist(
     checks,  # list of {"ok", "what", "evidence"}
 ) -> str:  # HTML
     "Checks with ✓ or ✗ and their evidence."
-    rows = "".join(f'<li><span class="mark {"ok" if c["ok"] else "no"}">{"✓" if c["ok"] else "✗"}</span>{escape(c["what"])} '
+    rows = "".join(f'<li><span class="mark '
+                   f'{"ok" if c["ok"] else "no"}">{"✓" if c["ok"] else "✗"}</span>{escape(c["what"])} '
                    f'<span class="soft">· {escape(c["evidence"])}</span></li>' for c in checks)
     return f'<ul class="checks">{rows}</ul>'
 
@@ -261,6 +295,7 @@ def checks(
 ) -> str:  # HTML section
     "The acceptance checks of one study."
     done = {r["name"] for r in facts.summary["methods"]}
-    if not {"theta0", "sft"} <= done or not best_craft(facts.summary): return section("checks", "Does the study hold?", f"<p>{PENDING}</p>")
+    if not {"theta0", "sft"} <= done or not best_craft(facts.summary): return section("checks",
+        "Does the study hold?", f"<p>{PENDING}</p>")
     return section("checks", "Does the study hold?", "<p>Fixed before the numbers were known, evaluated by code.</p>",
                    '<div class="card">', checklist(acceptance(facts.summary)), "</div>")

@@ -22,7 +22,8 @@ def curves(
     facts: Facts,  # study
 ) -> dict:  # method -> metric columns, for the methods that trained
     "The training logs that exist."
-    return {m: metric_columns(facts.study["dir"]/m) for m in facts.rows if (facts.study["dir"]/m/"metrics.jsonl").exists()}
+    return {m: metric_columns(facts.study["dir"]/m) for m in facts.rows
+            if (facts.study["dir"]/m/"metrics.jsonl").exists()}
 
 
 def time_plot(
@@ -33,23 +34,27 @@ def time_plot(
 ) -> str:  # SVG
     "Lines over optimizer steps."
     last = max(xs[-1] for xs, *_ in series)
-    chart = Chart((0, max(last, 1)), span([y for _, ys, *_ in series for y in ys], floor_at=floor_at), "step", ylabel, h=h, show=lambda v: f"{v:g}")
+    chart = Chart((0, max(last, 1)), span([y for _, ys, *_ in series for y in ys], floor_at=floor_at), "step", ylabel,
+                  h=h, show=lambda v: f"{v:g}")
     for xs, ys, c, dash in series: line(chart, *thin(xs, ys), c, dash)
     return chart.svg(f"{ylabel} over steps")
 
-
+# %% ../../nbs/apps/936_report_training.ipynb #a054e3d0
 def loss_curves(
     logs: dict,  # method -> metric columns
 ) -> str:  # HTML
     "Task loss of θ0 and of every fine-tuning method."
     tuned = [m for m in logs if m != "theta0"]
-    plot = lambda ms: time_plot([(logs[m]["step"], smooth(logs[m]["loss"], 10), colour_of(m), "") for m in ms], "loss (mean of 10 steps)")
+    plot = lambda ms: time_plot([(logs[m]["step"], smooth(logs[m]["loss"], 10), colour_of(m), "") for m in ms],
+                                "loss (mean of 10 steps)")
     out = []
-    if "theta0" in logs: out.append(f'<figure class="card">{plot(["theta0"])}<figcaption>θ0: old tasks and questions</figcaption></figure>')
-    if tuned: out.append(f'<figure class="card">{plot(tuned)}<figcaption>{" &nbsp; ".join(map(chip, tuned))}: the new task</figcaption></figure>')
+    if "theta0" in logs: out.append(f'<figure class="card">{plot(["theta0"])}<figcaption>θ0: old tasks and '
+                                    f'questions</figcaption></figure>')
+    if tuned: out.append(f'<figure class="card">{plot(tuned)}<figcaption>{" &nbsp; ".join(map(chip, tuned))}: the '
+                         f'new task</figcaption></figure>')
     return '<div class="grid">'+"".join(out)+"</div>"
 
-# %% ../../nbs/apps/936_report_training.ipynb #a054e3d0
+# %% ../../nbs/apps/936_report_training.ipynb #f8b06ae9
 def retention_steps(
     log: dict,  # metric columns
 ) -> dict:  # the same columns, steps with anchors only
@@ -63,11 +68,12 @@ def constraint_facts(
 ) -> dict:  # shares of steps and final values
     "What the constraint did, in numbers."
     n = len(log["L_ret"])
-    return dict(steps=n, conflict=sum(map(bool, log["conflict"]))/n, above=sum(l > e for l, e in zip(log["L_ret"], log["epsilon"]))/n,
+    return dict(steps=n, conflict=sum(map(bool, log["conflict"]))/n, above=sum(l > e for l, e in zip(log["L_ret"],
+        log["epsilon"]))/n,
                 off=sum(v <= 0 for v in log["lambda"])/n, final=fmean(log["L_ret"][-20:]), epsilon=log["epsilon"][-1],
                 lam=fmean(log["lambda"][-20:]), cos=fmean(log["cos"]))
 
-
+# %% ../../nbs/apps/936_report_training.ipynb #8b582f3f
 def constraint_card(
     name: str,  # method
     log: dict,  # metric columns
@@ -75,15 +81,20 @@ def constraint_card(
     "L_ret with ε, λ, and the cosines of one CRaFT run."
     r, c = retention_steps(log), colour_of(name)
     f = constraint_facts(r)
-    ret = time_plot([(r["step"], r["L_ret"], c, ""), (r["step"], r["epsilon"], "var(--bad)", "4 3")], "L_ret, dashed: ε", 0., 180)
+    ret = time_plot([(r["step"], r["L_ret"], c, ""), (r["step"], r["epsilon"], "var(--bad)", "4 3")],
+                    "L_ret, dashed: ε", 0., 180)
     lam = time_plot([(r["step"], r["lambda"], c, "")], "λ", 0., 180)
     edge = max(.3, *(abs(v) for v in r["cos"]))*1.01
-    cos = histogram(r["cos"], [edge*(i-15)/15 for i in range(31)], "cosines of task and retention gradients", c, "cosine of the two gradients", 0., h=180)
-    text = (f'Conflict in {percent(f["conflict"], 1)} of {f["steps"]} steps, mean cosine {f["cos"]:.3f}. L_ret above ε in {percent(f["above"])} of '
-            f'the steps, {f["final"]:.3g} at the end against ε = {f["epsilon"]:.3g}; λ {f["lam"]:.3g} at the end, zero in {percent(f["off"])} of the steps.')
-    return (f'<div class="card"><h3>{chip(name)}</h3><p class="small">{text}</p><figure>{ret}</figure><figure>{lam}</figure><figure>{cos}</figure></div>')
+    cos = histogram(r["cos"], [edge*(i-15)/15 for i in range(31)], "cosines of task and retention gradients", c,
+                    "cosine of the two gradients", 0., h=180)
+    text = (f'Conflict in {percent(f["conflict"], 1)} of {f["steps"]} steps, mean cosine {f["cos"]:.3f}. L_ret above '
+            f'ε in {percent(f["above"])} of '
+            f'the steps, {f["final"]:.3g} at the end against ε = {f["epsilon"]:.3g}; λ {f["lam"]:.3g} at the end, '
+            f'zero in {percent(f["off"])} of the steps.')
+    return (f'<div class="card"><h3>{chip(name)}</h3><p '
+            f'class="small">{text}</p><figure>{ret}</figure><figure>{lam}</figure><figure>{cos}</figure></div>')
 
-# %% ../../nbs/apps/936_report_training.ipynb #f8b06ae9
+# %% ../../nbs/apps/936_report_training.ipynb #fc72f41f
 def training(
     facts: Facts,  # study
 ) -> str:  # HTML section
@@ -92,11 +103,13 @@ def training(
     if not logs: return section("training", "Training", f"<p>{PENDING}</p>")
     crafts = [m for m in logs if "L_ret" in logs[m]]
     cards = "".join(constraint_card(m, logs[m]) for m in crafts) or f"<p>{PENDING}</p>"
-    return section("training", "Training", loss_curves(logs), "<h3>The constraint at work</h3><p class='soft'>L_ret is in each method's own unit, "
-                   "so compare it with its ε, not between methods.</p>", f'<div class="grid" style="--min:300px">{cards}</div>',
+    return section("training", "Training", loss_curves(logs), "<h3>The constraint at work</h3><p class='soft'>L_ret "
+                   "is in each method's own unit, "
+                   "so compare it with its ε, not between methods.</p>",
+                   f'<div class="grid" style="--min:300px">{cards}</div>',
                    made_by(*(facts.command(m, "train") for m in logs)))
 
-# %% ../../nbs/apps/936_report_training.ipynb #8b582f3f
+# %% ../../nbs/apps/936_report_training.ipynb #f12776dc
 def findings(
     facts: Facts,  # study
     name: str,  # CRaFT method
@@ -108,9 +121,10 @@ def findings(
     run = facts.study["dir"]/name
     config = craft_config(read_json(run/"params.json")["config"]["craft"])
     held = run/"eval"/"retention.json"
-    return diagnose(read_jsonl(run/"metrics.jsonl"), config, read_json(held).get(config.retention_mode) if held.exists() else None)
+    return diagnose(read_jsonl(run/"metrics.jsonl"), config, read_json(held).get(config.retention_mode)
+                    if held.exists() else None)
 
-
+# %% ../../nbs/apps/936_report_training.ipynb #0a285bd8
 def diagnosis(
     facts: Facts,  # study
 ) -> str:  # HTML section
@@ -121,13 +135,16 @@ def diagnosis(
     rows = []
     for m in names:
         for f in findings(facts, m) or [None]:
-            cells = ['<span class="ok">✓</span>', "The constraint was active and nothing stands out.", "", ""] if f is None else [
-                sign[f["severity"]], escape(f["evidence"]), escape(f["cause"]), escape(f["action"])+(f'<br><code class="cmd">{escape(f["command"])}</code>' if f["command"] else "")]
+            cells = ['<span class="ok">✓</span>', "The constraint was active and nothing stands out.", "",
+                     ""] if f is None else [
+                sign[f["severity"]], escape(f["evidence"]), escape(f["cause"]), escape(f["action"])+
+                (f'<br><code class="cmd">{escape(f["command"])}</code>' if f["command"] else "")]
             rows.append([chip(m), cells[0], *(f'<div class="say">{c}</div>' for c in cells[1:])])
-    return section("diagnosis", "Diagnosis", "<p>Read from the training logs by fixed rules; the window is the last 200 steps with anchors.</p>",
+    return section("diagnosis", "Diagnosis", "<p>Read from the training logs by fixed rules; the window is the last "
+                   "200 steps with anchors.</p>",
                    table(["Method", "", "Evidence", "Likely cause", "What to do"], rows, kind="left"))
 
-# %% ../../nbs/apps/936_report_training.ipynb #fc72f41f
+# %% ../../nbs/apps/936_report_training.ipynb #78d6d83b
 def progress(
     facts: Facts,  # study
 ) -> str:  # HTML, empty when every stage is done
@@ -136,10 +153,13 @@ def progress(
     todo = [s for s in stages if s["seconds"] is None]
     if not todo: return ""
     left = sum(s["expected_s"] for s in todo)
-    rows = "".join(f'<li>{escape(s["title"])}: {escape(s["what"])} <span class="soft">({"done in "+seconds(s["seconds"]) if s["seconds"] is not None else "about "+seconds(s["expected_s"])})</span></li>'
+    when = lambda s: "about "+seconds(s["expected_s"]) if s["seconds"] is None else "done in "+seconds(s["seconds"])
+    rows = "".join(f'<li>{escape(s["title"])}: {escape(s["what"])} <span class="soft">({when(s)})</span></li>'
                    for s in stages)
-    return (f'<div class="note"><p><b>This study is still running:</b> {len(stages)-len(todo)} of {len(stages)} stages done, next is '
-            f'“{escape(todo[0]["title"])}”, about {seconds(left)} to go. What is not measured yet is marked {PENDING}.</p>'
+    return (f'<div class="note"><p><b>This study is still running:</b> {len(stages)-len(todo)} of {len(stages)} '
+            f'stages done, next is '
+            f'“{escape(todo[0]["title"])}”, about {seconds(left)} to go. What is not measured yet is marked '
+            f'{PENDING}.</p>'
             f'{fold("All stages", f"<ol class=stages>{rows}</ol>")}</div>')
 
 
@@ -152,22 +172,30 @@ def flat(
     for k, v in d.items(): out += flat(v, f"{head}{k}.") if isinstance(v, dict) else [(head+k, v)]
     return out
 
-
+# %% ../../nbs/apps/936_report_training.ipynb #201fdaf5
 def provenance(
     facts: Facts,  # study
 ) -> str:  # HTML section
     "Revision, seed, versions, machine, settings, stages and their commands."
     s = facts.study
-    pairs = lambda d: table(["", ""], [[escape(str(k)), escape(", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v))] for k, v in d], kind="left")
-    head = [("revision", s["revision"]), ("seed", s["seed"]), ("threads", s.get("threads", "not recorded")), ("profile", s.get("profile", "not recorded"))]
+    pairs = lambda d: table(["", ""], [[escape(str(k)), escape(", ".join(map(str, v)) if isinstance(v, (list, tuple))
+        else str(v))] for k, v in d], kind="left")
+    head = [("revision", s["revision"]), ("seed", s["seed"]), ("threads", s.get("threads", "not recorded")),
+            ("profile", s.get("profile", "not recorded"))]
     took = lambda x: seconds(x["seconds"]) if x["seconds"] is not None else PENDING
-    stages = table(["Stage", "Took", "Expected", "Command"], [[escape(x["title"]), took(x), seconds(x["expected_s"]), f'<code class="cmd">{escape(x["command"])}</code>']
+    stages = table(["Stage", "Took", "Expected", "Command"], [[escape(x["title"]), took(x), seconds(x["expected_s"]),
+        f'<code class="cmd">{escape(x["command"])}</code>']
                                                   for x in s.get("stages", [])], kind="left")
-    total = f'<p>Revision <code>{escape(str(s["revision"]))}</code>, seed {escape(str(s["seed"]))}, all stages together {seconds(s.get("seconds"))}.</p>'
-    return section("run", "What was run", total, fold("Machine and versions", pairs(head+flat({"machine": s.get("machine") or {}, "versions": s.get("versions") or {}}))),
-                   fold("Every setting", pairs(flat(s.get("settings") or {}))), fold("Every stage, its time and its command", stages))
+    total = (f'<p>Revision <code>{escape(str(s["revision"]))}</code>, seed {escape(str(s["seed"]))}, all stages '
+             f'together '
+             f'{seconds(s.get("seconds"))}.</p>')
+    return section("run", "What was run", total, fold("Machine and versions",
+                                                      pairs(head+flat({"machine": s.get("machine") or {},
+                                                          "versions": s.get("versions") or {}}))),
+                   fold("Every setting", pairs(flat(s.get("settings") or {}))), fold("Every stage, its time and its "
+                       "command", stages))
 
-# %% ../../nbs/apps/936_report_training.ipynb #f12776dc
+# %% ../../nbs/apps/936_report_training.ipynb #7e9b6a39
 def anchor_sentence(
     facts: Facts,  # study
 ) -> str:  # plain text
@@ -178,8 +206,10 @@ def anchor_sentence(
     asked = {str(s["id"]) for s in samples if s["kind"] == "question"}
     categories = sorted({q["category"] for i, q in question_rows(facts.study, "train").items() if str(i) in asked})
     n = len(samples)
-    return (f"Anchors: {n} samples from training scenes, {percent((n-len(asked))/n)} old-task prompts and {percent(len(asked)/n)} questions of the categories "
-            f"{', '.join(categories)}. The reported questions use the same wording on other scenes, so question accuracy is retention close to the anchors; "
+    return (f"Anchors: {n} samples from training scenes, {percent((n-len(asked))/n)} old-task prompts and "
+            f"{percent(len(asked)/n)} questions of the categories "
+            f"{', '.join(categories)}. The reported questions use the same wording on other scenes, so question "
+            f"accuracy is retention close to the anchors; "
             f"categories that no anchor shows ({', '.join(facts.study['absent_categories'])}) have their own column.")
 
 
@@ -187,25 +217,35 @@ def seeds_sentence(
     seed,  # one seed, or a list of them
 ) -> str:  # plain text
     "How far the seeds reach."
-    if isinstance(seed, list): return f"seeds {', '.join(map(str, seed))}: their spread is shown, and it is small evidence."
+    if isinstance(seed,
+                  list): return f"seeds {', '.join(map(str, seed))}: their spread is shown, and it is small evidence."
     return f"seed {seed} only: another seed moves every number."
 
-
+# %% ../../nbs/apps/936_report_training.ipynb #ce275f7a
 def limits(
     facts: Facts,  # study
 ) -> str:  # HTML section
     "Honest limits with the run's numbers."
     s, best, rows = facts.study, best_craft(facts.summary), facts.summary["methods"]
     conf = s.get("settings") or {}
-    items = [f"One new task ({s['new_task']}), one family of small policies, one simulator; {seeds_sentence(s['seed'])}", anchor_sentence(facts)]
-    if facts.summary["chance"] is not None: items.append(f"Guessing answers {percent(facts.summary['chance'])} of the questions; accuracy is to be read from there, not from zero.")
+    items = [f"One new task ({s['new_task']}), one family of small policies, one simulator; "
+             f"{seeds_sentence(s['seed'])}", anchor_sentence(facts)]
+    if facts.summary["chance"] is not None: items.append(f"Guessing answers {percent(facts.summary['chance'])} of "
+        f"the questions; accuracy is to be read from there, not from zero.")
     if rows:
         k, n = success_of(rows[0], old_tasks(rows[0]))
         (lo, hi), one = wilson(k, n), min(n for _, n in rows[0]["success"].values())
-        items.append(f"Success rests on {one} episodes per task: {k}/{n} old-task episodes of {short(rows[0]['name'])} leave the interval {percent(lo)} to {percent(hi)}.")
-    items += ["Retention settings were tuned on the development questions, never on the reported ones; the learning rate and the number of steps "
-              f"({conf.get('lr', 'see settings')}, {conf.get('steps', 'see settings')}) were chosen for SFT by held-out new-task loss alone and are the same for every method.",
-              "Replay sees the true labels of the old data; CRaFT sees only the old observations and θ0’s answers to them. WiSE-FT sees neither."]
-    if best: items.append(f"{short(best['name'])} is named in the verdict because it kept most among the CRaFT modes on these very numbers; the table shows the others.")
-    items.append("A reward for remembering is not a proof of understanding: question accuracy alone does not separate the methods, so old-task success and held-out old loss stand beside it.")
-    return section("limits", "What these numbers cannot say", "<ul>"+"".join(f"<li>{escape(i)}</li>" for i in items)+"</ul>")
+        items.append(f"Success rests on {one} episodes per task: {k}/{n} old-task episodes of "
+                     f"{short(rows[0]['name'])} leave the interval {percent(lo)} to {percent(hi)}.")
+    items += ["Retention settings were tuned on the development questions, never on the reported ones; the learning "
+              "rate and the number of steps "
+              f"({conf.get('lr', 'see settings')}, {conf.get('steps', 'see settings')}) were chosen for SFT by "
+              f"held-out new-task loss alone and are the same for every method.",
+              "Replay sees the true labels of the old data; CRaFT sees only the old observations and θ0’s answers to "
+              "them. WiSE-FT sees neither."]
+    if best: items.append(f"{short(best['name'])} is named in the verdict because it kept most among the CRaFT modes "
+                          f"on these very numbers; the table shows the others.")
+    items.append("A reward for remembering is not a proof of understanding: question accuracy alone does not "
+                 "separate the methods, so old-task success and held-out old loss stand beside it.")
+    return section("limits", "What these numbers cannot say", "<ul>"+"".join(f"<li>{escape(i)}</li>" for i in items)+
+                   "</ul>")

@@ -58,16 +58,16 @@ def token_kl(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (sum, count)
     "KL(teacher ‖ student) over the teacher's tokens."
     check_shapes(logits, logprobs[..., 0], mask)
-    teacher, student = logprobs.float().log_softmax(-1), logits.float().log_softmax(-1)
+    logits, teacher = logits[mask].float(), logprobs[mask].float().softmax(-1)
     if ids is not None:
-        ids = ids.long()
-        rest = student.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
-        student = torch.cat([student.gather(-1, ids), rest], -1)
-    if teacher.shape != student.shape:
+        ids, norm = ids[mask].long(), logits.logsumexp(-1, keepdim=True)
+        rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+        logits = torch.cat([logits.gather(-1, ids), rest], -1) - norm
+    if teacher.shape != logits.shape:
         raise CraftError(f"the cache holds {teacher.shape[-1]} token probabilities, the policy gives "
-                         f"{student.shape[-1]}; build the anchors with this policy's tokenizer")
-    kl = (teacher.exp() * (teacher - student)).sum(-1)
-    return torch.where(mask, kl, 0.0).sum(), mask.sum()
+                         f"{logits.shape[-1]}; build the anchors with this policy's tokenizer")
+    entropy = torch.special.entr(teacher).sum()
+    return F.cross_entropy(logits, teacher, reduction="sum") - entropy, mask.sum()
 
 # %% ../../nbs/craft/520_losses.ipynb #3a7f686e
 def pool(

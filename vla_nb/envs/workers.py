@@ -40,9 +40,10 @@ def serve(
 def start_child():  # (process, connection)
     "Start one child; it inherits the environment, so also the chosen renderer, and computes with one thread."
     ours, theirs = socket.socketpair()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}  # a software renderer draws in the calling thread
-    code = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; from vla_nb.envs.workers import serve; serve({theirs.fileno()})"
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),), env=env, stdin=subprocess.DEVNULL)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}  # 0: a software renderer starts no threads
+    code = (f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; "
+            f"from vla_nb.envs.workers import serve; serve({theirs.fileno()})")
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=env, stdin=subprocess.DEVNULL)
     theirs.close()
     return process, Connection(ours.detach())
 
@@ -73,28 +74,32 @@ class Workers:
         if error is not None: raise RuntimeError(f"A simulation process failed:\n{error}")
         return value
 
-    def _lost(self, i):
-        code = self._children[i][0].wait()
-        return UserError(f"Simulation process {i} ended with status {code} (out of memory, or killed): start the command again.")
-
-    def close(self):
-        "Close the sockets and wait for the children to leave."
-        for process, pipe in self._children:
-            pipe.close()
-            try: process.wait(10)
-            except subprocess.TimeoutExpired: process.kill()
-        self._children = []
-
-    def ask(self,
-            function,    # of an importable module
-            args: dict,  # place -> arguments
-            ) -> dict:   # the union of the answers, which are dictionaries
-        "Ask several children at once and merge what they say."
-        for i, a in args.items(): self.call(i, function, *a)
-        return {key: value for i in args for key, value in self.result(i).items()}
-
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+# %% ../../nbs/envs/755_workers.ipynb #dc8cade9
+@patch
+def _lost(self: Workers, i):
+    code = self._children[i][0].wait()
+    return UserError(f"Simulation process {i} ended with status {code} (out of memory, or killed): try again.")
+
+@patch
+def ask(self: Workers,
+        function,    # of an importable module
+        args: dict,  # place -> arguments
+        ) -> dict:   # the union of the answers, which are dictionaries
+    "Ask several children at once and merge what they say."
+    for i, a in args.items(): self.call(i, function, *a)
+    return {key: value for i in args for key, value in self.result(i).items()}
+
+@patch
+def close(self: Workers):
+    "Close the sockets and wait for the children to leave."
+    for process, pipe in self._children:
+        pipe.close()
+        try: process.wait(10)
+        except subprocess.TimeoutExpired: process.kill()
+    self._children = []
 
 # %% ../../nbs/envs/755_workers.ipynb #d9b9238b
 @patch

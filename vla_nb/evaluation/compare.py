@@ -57,9 +57,11 @@ def load_study(
 ) -> dict:  # its content, plus "dir"
     "Read and check a study's description."
     path = Path(study_dir)/"study.json"
-    if not path.exists(): raise UserError(f"{path} is missing, so this is no study folder; run `vla-nb experiment run demo` first.")
+    if not path.exists(): raise UserError(f"{path} is missing, so this is no study folder; run `vla-nb experiment "
+                                          f"run demo` first.")
     study = read_json(path)
-    missing = [k for k in ("methods", "old_tasks", "new_task", "questions", "absent_categories", "seed", "revision") if k not in study]
+    missing = [k for k in ("methods", "old_tasks", "new_task", "questions", "absent_categories", "seed", "revision")
+               if k not in study]
     if missing: raise UserError(f"{path} lacks the keys {', '.join(missing)}; run `vla-nb experiment run demo` again.")
     return {**study, "dir": Path(study_dir)}
 
@@ -70,14 +72,15 @@ def question_rows(
 ) -> dict:  # id -> question (image_path, question, choices, answer_index, category)
     "The questions of one split by id, with `folder` added for their pictures."
     path = Path(study["questions"][split])
-    if not path.exists(): raise UserError(f"Question file {path} named in study.json is missing; build it with: vla-nb mcq build")
+    if not path.exists(): raise UserError(f"Question file {path} named in study.json is missing; build it with: "
+                                          f"vla-nb mcq build")
     return {r["id"]: {**r, "folder": path.parent} for r in read_jsonl(path)}
 
 # %% ../../nbs/evaluation/695_compare.ipynb #f64effec
 def paired(
     a: dict,  # mcq.json of A
     b: dict,  # mcq.json of B
-) -> dict:  # both, only_a, only_b, neither (counts), diff (accuracy B - A), its ci95 (clustered by picture), p (exact, two-sided)
+) -> dict:  # both, only_a, only_b, neither (counts), diff (accuracy B - A), its ci95 (by picture), p (exact, two-sided)
     "Paired comparison of two question results, matched by question id."
     ra, rb = ({r["id"]: r for r in m["results"]} for m in (a, b))
     if ra.keys() != rb.keys():
@@ -101,7 +104,8 @@ def anchors_of(
     if not (path := Path(run)/"params.json").exists(): return None
     config = read_json(path)["config"]
     named = config.get("craft", {}).get("anchor_cache_dir") or config.get("replay", {}).get("anchors")
-    if named and not Path(named).is_dir(): raise UserError(f"Anchor folder {named} named in {path} is missing, so the storage of {Path(run).name} is unknown; build it again: vla-nb anchors build")
+    if named and not Path(named).is_dir(): raise UserError(f"Anchor folder {named} named in {path} is missing, so "
+        f"the storage of {Path(run).name} is unknown; build it again: vla-nb anchors build")
     return Path(named) if named else None
 
 
@@ -136,7 +140,7 @@ def accuracy_in(
     hits = [bool(r["correct"]) for r in mcq["results"] if questions[r["id"]]["category"] in categories]
     return fmean(hits) if hits else None
 
-
+# %% ../../nbs/evaluation/695_compare.ipynb #e2b4abe3
 def method_row(
     study: dict,  # from load_study
     name: str,  # method name
@@ -159,7 +163,7 @@ def method_row(
         train_seconds=cost.get("train_seconds"), peak_bytes=cost.get("peak_bytes"),
         storage_bytes=storage_bytes(run) if run.exists() else None)
 
-# %% ../../nbs/evaluation/695_compare.ipynb #e2b4abe3
+# %% ../../nbs/evaluation/695_compare.ipynb #52532f75
 def complete(
     row: dict,  # from method_row
 ) -> bool:  # True when nothing but the test against SFT may be missing
@@ -186,7 +190,8 @@ def success_of(
     "Successes and episodes of some tasks together."
     if row["success"] is None: return None
     missing = [t for t in tasks if t not in row["success"]]
-    if missing: raise UserError(f"The rollouts of {row['name']} have no task {missing[0]}; run them with --tasks={','.join(tasks)}.")
+    if missing: raise UserError(f"The rollouts of {row['name']} have no task {missing[0]}; run them with "
+                                f"--tasks={','.join(tasks)}.")
     return tuple(sum(row["success"][t][i] for t in tasks) for i in (0, 1))
 
 
@@ -196,7 +201,7 @@ def old_tasks(
     "The old tasks of a row."
     return [t for t in row["success"] or () if t != row["new_task"]]
 
-# %% ../../nbs/evaluation/695_compare.ipynb #52532f75
+# %% ../../nbs/evaluation/695_compare.ipynb #a5fd26f6
 def rate(
     kn,  # (k, n) or None
 ):  # -> k/n or None
@@ -207,7 +212,7 @@ def rate(
 def best_craft(
     summary: dict,  # from summarise
 ):  # -> row or None
-    "The CRaFT row with the highest mean of question accuracy and old-task success among those within 1.10 × SFT's new-task loss."
+    "The CRaFT row that remembers most (questions plus old tasks) among those within 1.10 × SFT's new-task loss."
     rows = {r["name"]: r for r in summary["methods"]}
     crafts = [r for n, r in rows.items() if n.startswith("craft")]
     if not crafts or "sft" not in rows: return None
@@ -215,7 +220,7 @@ def best_craft(
     learnt = [r for r in crafts if r["heldout_task_loss"] <= 1.1*rows["sft"]["heldout_task_loss"]]
     return max(learnt, key=kept) if learnt else min(crafts, key=lambda r: r["heldout_task_loss"])
 
-
+# %% ../../nbs/evaluation/695_compare.ipynb #2aebfb9f
 def acceptance(
     summary: dict,  # from summarise, with theta0, sft and a craft method
 ) -> list:  # of {"ok": bool, "what": sentence, "evidence": numbers}
@@ -223,7 +228,8 @@ def acceptance(
     rows = {r["name"]: r for r in summary["methods"]}
     t0, sft, craft = rows.get("theta0"), rows.get("sft"), best_craft(summary)
     if not (t0 and sft and craft): raise UserError("The checks need theta0, sft and one craft method in summary.json.")
-    acc = lambda r: r["mcq_accuracy"]; old = lambda r: rate(success_of(r, old_tasks(r))); new = lambda r: rate(success_of(r, [r["new_task"]]))
+    acc = lambda r: r["mcq_accuracy"]; old = lambda r: rate(success_of(r,
+        old_tasks(r))); new = lambda r: rate(success_of(r, [r["new_task"]]))
     lost, back = acc(t0)-acc(sft), acc(craft)-acc(sft)
     good = [t for t in old_tasks(t0) if rate(t0["success"][t]) >= .5]
     episodes = min(n for r in (t0, sft) for _, n in r["success"].values())
@@ -232,12 +238,15 @@ def acceptance(
     return [
         check(t0["mcq_n"] >= 400, "at least 400 questions", f"n = {t0['mcq_n']}"),
         check(lost >= .2, "SFT loses at least 20 points of question accuracy", f"{100*lost:.1f} points"),
-        check(back >= lost/2, f"{craft['name']} gets at least half of them back", f"{100*back:.1f} of {100*lost:.1f} points"),
+        check(back >= lost/2, f"{craft['name']} gets at least half of them back", f"{100*back:.1f} of {100*lost:.1f} "
+              f"points"),
         check(p < .01, "and that is no accident (paired exact McNemar p < 0.01)", f"p = {p:.2g}"),
         check(old(craft) >= old(t0)/2, f"{craft['name']} keeps at least half of θ0's old-task success",
               f"{100*old(craft):.0f} % of {100*old(t0):.0f} %"),
-        check(old(sft) < old(t0)/3, "SFT keeps less than a third of it", f"{100*old(sft):.0f} % of {100*old(t0):.0f} %"),
-        check(ratio <= 1.1, f"{craft['name']} learns the new task (held-out loss at most 1.10 × SFT's)", f"{ratio:.2f} ×"),
+        check(old(sft) < old(t0)/3, "SFT keeps less than a third of it", f"{100*old(sft):.0f} % of {100*old(t0):.0f} "
+              f"%"),
+        check(ratio <= 1.1, f"{craft['name']} learns the new task (held-out loss at most 1.10 × SFT's)",
+              f"{ratio:.2f} ×"),
         check(len(good) >= 2, "θ0 succeeds at least half the time on two old tasks", ", ".join(good) or "none"),
         check(new(sft) >= .5, "SFT succeeds at least half the time on the new task", f"{100*new(sft):.0f} %"),
         check(episodes >= 20, "at least 20 episodes per task", f"n = {episodes}")]
@@ -270,7 +279,7 @@ def metrics_csv(
             for values in zip(*(t.get(k, [None]*len(t["step"])) for k in columns)): writer.writerow([name, *values])
     return Path(out)
 
-# %% ../../nbs/evaluation/695_compare.ipynb #a5fd26f6
+# %% ../../nbs/evaluation/695_compare.ipynb #6864a8f9
 def compare_runs(
     runs,  # run folders, the first is the reference
 ) -> dict:  # {"reference", "runs": [{"name", "mcq", "success", "offline", "retention", "paired"}]}
@@ -286,7 +295,8 @@ def compare_runs(
         row = dict(name=names[len(out)], paired=None)
         if "mcq" in r: row |= dict(mcq={k: r["mcq"][k] for k in ("accuracy", "ci95", "total_count", "chance")},
                                    paired=None if r is read[0] else paired(read[0]["mcq"], r["mcq"]))
-        if "rollout" in r: row["success"] = {t: [v["k"], v["n"], *wilson(v["k"], v["n"])] for t, v in r["rollout"]["task"].items()}
+        if "rollout" in r: row["success"] = {t: [v["k"], v["n"], *wilson(v["k"], v["n"])] for t,
+                                             v in r["rollout"]["task"].items()}
         if "offline" in r: row["offline"] = {t: v["loss"] for t, v in r["offline"]["per_task"].items()}
         if "retention" in r: row["retention"] = r["retention"]
         out.append(row)
@@ -300,9 +310,10 @@ def text_table(
     "A plain text table."
     cells = [list(map(str, r)) for r in (header, *rows)]
     width = [max(len(r[i]) for r in cells) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))) for r in cells)
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width)))
+                     for r in cells)
 
-# %% ../../nbs/evaluation/695_compare.ipynb #2aebfb9f
+# %% ../../nbs/evaluation/695_compare.ipynb #b13899b6
 def comparison_table(
     result: dict,  # from compare_runs
 ) -> str:  # text
@@ -315,25 +326,29 @@ def comparison_table(
         header.append(title)
         for row, r in zip(rows, runs): row.append(cell(r))
     if "mcq" in runs[0]:
-        column("questions %", lambda r: f"{100*r['mcq']['accuracy']:.1f} [{100*r['mcq']['ci95'][0]:.1f}, {100*r['mcq']['ci95'][1]:.1f}]")
+        column("questions %", lambda r: f"{100*r['mcq']['accuracy']:.1f} [{100*r['mcq']['ci95'][0]:.1f}, "
+               f"{100*r['mcq']['ci95'][1]:.1f}]")
         column("n", lambda r: r["mcq"]["total_count"])
         column(f"p vs {result['reference']}", lambda r: f"{r['paired']['p']:.2g}" if r["paired"] else "–")
     if "success" in runs[0]:
-        for t in tasks: column(f"{t} ok", lambda r, t=t: "–" if t not in r["success"] else "{}/{}".format(*r["success"][t]))
+        for t in tasks: column(f"{t} ok", lambda r, t=t: "–" if t not in r["success"]
+                               else "{}/{}".format(*r["success"][t]))
     if "offline" in runs[0]:
         for t in tasks: column(f"{t} loss", lambda r, t=t: "–" if t not in r["offline"] else f"{r['offline'][t]:.3f}")
     for k in runs[0].get("retention", ()): column(f"held-out {k}", lambda r, k=k: f"{r['retention'][k]:.3f}")
     return text_table(header, rows)
 
-# %% ../../nbs/evaluation/695_compare.ipynb #6864a8f9
+# %% ../../nbs/evaluation/695_compare.ipynb #9d3184d3
 def main(
     argv,  # run folders (or one study folder), then --output=FILE
 ) -> int:  # exit status
     "`vla-nb compare A B… [--output=FILE]`: table and paired tests, written as JSON when asked."
     paths = [a for a in argv if not a.startswith("-")]
     flags = parse_flags([a for a in argv if a.startswith("-")])
-    if unknown := set(flags)-{"output"}: raise UserError(f"vla-nb compare does not know --{sorted(unknown)[0]}; it takes run folders and --output=FILE.")
-    if not paths: raise UserError("Name the run folders to compare, or one study folder: vla-nb compare A B [--output=FILE]")
+    if unknown := set(flags)-{"output"}: raise UserError(f"vla-nb compare does not know --{sorted(unknown)[0]}; it "
+        f"takes run folders and --output=FILE.")
+    if not paths: raise UserError("Name the run folders to compare, or one study folder: vla-nb compare A B "
+                                  "[--output=FILE]")
     is_study = len(paths) == 1 and (Path(paths[0])/"study.json").exists()
     if is_study: runs = [Path(paths[0])/m for m in load_study(paths[0])["methods"]]
     elif len(paths) == 1: raise UserError(f"One run cannot be compared; name a second one beside {paths[0]}.")

@@ -29,7 +29,7 @@ class Robot(Device, Protocol):
     def calibrate(self) -> None: "Measure and keep the calibration."
     def configure(self) -> None: "Write run-time settings (modes, limits) to the hardware."
     def get_observation(self) -> dict[str, Any]: "Read every feature once."
-    def send_action(self, action: dict[str, float]) -> dict[str, float]: "Act; returns what was really sent (after limits)."
+    def send_action(self, action: dict[str, float]) -> dict[str, float]: "Act; returns what was sent, after limits."
 
 # %% ../../nbs/robots/700_base.ipynb #2d356583
 @runtime_checkable
@@ -44,7 +44,7 @@ class Teleoperator(Device, Protocol):
 class Camera(Device, Protocol):
     "Something that gives pictures, uint8 [H, W, 3]."
     def read(self) -> np.ndarray: "Wait for the next picture."
-    def async_read(self, timeout_ms: float) -> np.ndarray: "The newest picture, waiting at most so long for an unseen one."
+    def async_read(self, timeout_ms: float) -> np.ndarray: "The newest picture; waits at most so long for an unseen one."
     def read_latest(self, max_age_ms: float) -> np.ndarray: "The newest picture, an error when it is older than that."
 
 # %% ../../nbs/robots/700_base.ipynb #c0be9bc7
@@ -64,7 +64,8 @@ def unpack(
 ) -> dict[str, float]:   # name -> number
     "Undo `pack`: give each number its name back."
     names = [n for n, kind in features.items() if kind is float]
-    if len(vector) != len(names): raise UserError(f"An action has {len(vector)} numbers: expected {len(names)} ({', '.join(names)}).")
+    if len(vector) != len(names):
+        raise UserError(f"An action has {len(vector)} numbers: expected {len(names)} ({', '.join(names)}).")
     return {n: float(x) for n, x in zip(names, vector)}
 
 # %% ../../nbs/robots/700_base.ipynb #f6f77d0d
@@ -77,9 +78,9 @@ def dataset_features(
     action = [n for n, kind in action_features.items() if kind is float]
     columns = {OBS_STATE: {"dtype": "float32", "shape": [len(state)], "names": state},
                ACTION: {"dtype": "float32", "shape": [len(action)], "names": action}}
+    axes = ["height", "width", "channels"]
     for name, shape in observation_features.items():
-        if shape is not float:
-            columns[f"{OBS_IMAGES}.{name}"] = {"dtype": "video", "shape": list(shape), "names": ["height", "width", "channels"]}
+        if shape is not float: columns[f"{OBS_IMAGES}.{name}"] = {"dtype": "video", "shape": list(shape), "names": axes}
     return columns
 
 def observation_columns(
@@ -87,8 +88,8 @@ def observation_columns(
     features: dict,     # its observation features
 ) -> dict:              # column -> array
     "Turn one reading into the observation columns of a dataset row."
-    pictures = {f"{OBS_IMAGES}.{n}": observation[n] for n, shape in features.items() if shape is not float and n in observation}
-    return {OBS_STATE: pack(observation, features), **pictures}
+    cameras = [n for n, shape in features.items() if shape is not float and n in observation]
+    return {OBS_STATE: pack(observation, features), **{f"{OBS_IMAGES}.{n}": observation[n] for n in cameras}}
 
 # %% ../../nbs/robots/700_base.ipynb #85d25c9a
 @contextmanager

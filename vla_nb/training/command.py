@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'policy_config', 'loaded_policy', 'use_statistics', 'picture_shape', 'make_policy', 'widths', 'open_dataset',
            'open_replay', 'other_parts', 'revision', 'provenance', 'heldout', 'craft_hooks', 'same_data', 'build_run',
-           'pick_device', 'main', 'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
+           'pick_device', 'train', 'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
 
 # %% ../../nbs/training/630_command.ipynb #a4481ab2
 import os
@@ -267,7 +267,7 @@ def pick_device(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../../nbs/training/630_command.ipynb #3f6b88fc
-def main(
+def train(
     argv: list[str],  # words after `vla-nb train`
 ) -> int:             # 0 when the run is complete, 128 + number of the signal that stopped it
     "`vla-nb train`: train, fine-tune, resume."
@@ -282,8 +282,9 @@ def main(
         try:
             run = build_run(config, checkpoint, argv)
             count = sum(p.numel() for p in run.policy.parameters())
+            samples = f"{config.batch_size} × {config.gradient_accumulation_steps} × {run.world_size} samples a step"
             run.say(f"{run.policy.name}: {count:,} parameters, {sum(p.numel() for _, p in run.params):,} trained | "
-                    f"{config.batch_size} × {config.gradient_accumulation_steps} × {run.world_size} samples a step | {out}")
+                    f"{samples} | {out}")
             ended = run.train()
         finally:
             if first and not (out / "metrics.jsonl").exists() and not checkpoint_steps(out): remove_unborn(out)
@@ -311,7 +312,8 @@ def run_status(
     done = last.get("step", 0)
     state = "done" if (out / "summary.json").exists() and done >= steps else "running" if is_locked(out) else "stopped"
     return {"run": str(out), "state": state, "step": done, "steps": steps, "loss": last.get("loss"),
-            "lr": last.get("lr"), "seconds_per_step": pace, "seconds_left": pace * (steps - done) if pace else None, "checkpoints": saved,
+            "lr": last.get("lr"), "seconds_per_step": pace,
+            "seconds_left": pace * (steps - done) if pace else None, "checkpoints": saved,
             "memory": last.get("memory"), "skipped": sum("skipped" in row for row in rows)}
 
 def is_locked(out: Path) -> bool:

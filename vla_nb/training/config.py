@@ -168,7 +168,8 @@ def help_text(
     "Every flag with its default and meaning."
     lines, docs = [], docments(cls)
     for name, f in cls.__dataclass_fields__.items():
+        default, meaning = "" if f.default is None else f.default, docs.get(name) or ""
         if hasattr(f.type, "__dataclass_fields__"): lines.append(help_text(f.type, f"{prefix}{name}."))
-        elif f.type is dict: lines.append(f"  --{name}.…".ljust(38) + docs[name])
-        else: lines.append(f"  --{prefix}{name}={'' if f.default is None else f.default}".ljust(38) + docs[name])
+        elif f.type is dict: lines.append(f"  --{name}.…".ljust(38) + meaning)
+        else: lines.append(f"  --{prefix}{name}={default}".ljust(38) + meaning)
     return "\n".join(lines)
