@@ -101,9 +101,9 @@ def spread(values): return {"median": statistics.median(values), "min": min(valu
 def peak_over_gradient(runs):
     "Extra peak of each CRaFT run over the plain one, in bytes and in gradients."
     peaks = {}
+    for run in runs.values(): run.optimizer.zero_grad(set_to_none=True)
     for name, run in runs.items():
         batches = run.fetch(run.batch_stream)
-        run.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         peaks[name] = peak_tensor_bytes(lambda: run.optimizer_step(batches))[1]
         run.optimizer.zero_grad(set_to_none=True)

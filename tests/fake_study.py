@@ -18,16 +18,18 @@ KINDS = {"object": (["button", "drawer", "window", "door"], "Which object is in 
          "height": (["high", "low"], "Is the hand high or low?"),
          "where": (["top left", "top right", "bottom left", "bottom right"], "Where is the object?")}
 # method: question skill on known / absent categories, old and new success, new and old loss, KL, seconds, λ
-METHODS = {"theta0": (.88, .80, .75, .00, 5.2, 2.09, 0., 190, None), "sft": (.55, .50, .10, .92, 2.02, 3.22, 1.4, 44,
-    None),
-           "craft_kl": (.85, .78, .74, .85, 2.03, 2.26, .06, 71, .57), "craft_token": (.80, .70, .60, .80, 2.11, 2.94,
-               .35, 66, .2),
-           "craft_hidden": (.80, .72, .35, .78, 2.08, 2.57, .4, 62, 4.0), "replay_10": (.79, .66, .42, .88, 2.03,
-               2.40, .3, 43, None),
-           "replay_30": (.82, .72, .72, .87, 2.07, 2.24, .2, 43, None), "wise_0.25": (.87, .78, .70, .05, 3.9, 2.12,
-               .05, 45, None),
-           "wise_0.5": (.84, .75, .50, .30, 2.75, 2.27, .2, 45, None), "wise_0.75": (.72, .62, .20, .60, 2.3, 2.6, .6,
-               45, None)}
+METHODS = {
+    "theta0": (0.88, 0.8, 0.75, 0.0, 5.2, 2.09, 0.0, 190, None),
+    "sft": (0.55, 0.5, 0.1, 0.92, 2.02, 3.22, 1.4, 44, None),
+    "craft_kl": (0.85, 0.78, 0.74, 0.85, 2.03, 2.26, 0.06, 71, 0.57),
+    "craft_token": (0.8, 0.7, 0.6, 0.8, 2.11, 2.94, 0.35, 66, 0.2),
+    "craft_hidden": (0.8, 0.72, 0.35, 0.78, 2.08, 2.57, 0.4, 62, 4.0),
+    "replay_10": (0.79, 0.66, 0.42, 0.88, 2.03, 2.4, 0.3, 43, None),
+    "replay_30": (0.82, 0.72, 0.72, 0.87, 2.07, 2.24, 0.2, 43, None),
+    "wise_0.25": (0.87, 0.78, 0.7, 0.05, 3.9, 2.12, 0.05, 45, None),
+    "wise_0.5": (0.84, 0.75, 0.5, 0.3, 2.75, 2.27, 0.2, 45, None),
+    "wise_0.75": (0.72, 0.62, 0.2, 0.6, 2.3, 2.6, 0.6, 45, None),
+}
 TITLES = {"theta0": "θ0", "sft": "SFT"}
 
 
@@ -43,8 +45,8 @@ def picture(rng, size=64, shift=0):
     x, y = rng.uniform(.2, .7)*size, rng.uniform(.35, .7)*size
     d.rectangle([x, y, x+size*.2, y+size*.16], fill=tuple(int(v) for v in rng.integers(40, 220, 3)))
     hx = (rng.uniform(.1, .8)*size+shift) % size
-    d.line([hx, 0, hx, size*.35], fill=(60, 60, 70), width=max(2, size//20)); d.ellipse([hx-4, size*.33, hx+4,
-        size*.33+8], fill=(200, 60, 50))
+    d.line([hx, 0, hx, size*.35], fill=(60, 60, 70), width=max(2, size//20))
+    d.ellipse([hx-4, size*.33, hx+4, size*.33+8], fill=(200, 60, 50))
     return im
 
 

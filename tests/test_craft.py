@@ -18,13 +18,14 @@ from vla_nb.core.files import read_jsonl
 from vla_nb.core.types import UserError
 from vla_nb.craft.anchors import (AnchorCache, anchor_indices, build_cache, check_cache, import_lineage_a,
                                   measure_retention, resolve_layer)
-from vla_nb.craft.baselines import interpolate, replay_samples
+from vla_nb.craft.baselines import interpolate
 from vla_nb.craft.constraint import Controller, CraftConfig, craft_config, dual_step, epsilon_at, pilot_epsilon
 from vla_nb.craft.hook import CraftHook, diagnose
 from vla_nb.craft.losses import hidden_loss, pool, teacher_targets, token_ce, token_kl
 from vla_nb.craft.projection import (Dots, adam_metrics, coefficient, correct_update_, gradient_dots, is_conflict,
                                      layer_cosines, merge_, merge_factors)
 from vla_nb.policies.fake import FakePolicy, fake_batch
+from vla_nb.training.sources import replay_samples
 from vla_nb.training.state import last_checkpoint
 
 T = torch.tensor
@@ -371,8 +372,10 @@ def test_two_processes_equal_one(tmp_path, token, hidden, mode):
     one, two = (read_jsonl(tmp_path / str(r) / "metrics.jsonl") for r in (1, 2))
     for a, b in zip(one, two):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["lambda"] == pytest.approx(a["lambda"], rel=1e-5)
-    for a, b in zip(one[1:], two[1:]):   # at step 0 the retention gradient is rounding noise
-        for key in ("L_ret", "dot", "cos", "norm_task", "norm_retain"): assert b[key] == pytest.approx(a[key], rel=1e-5), key
+    for i, (a, b) in enumerate(zip(one[1:], two[1:])):   # at step 0 the retention gradient is rounding noise
+        assert b["L_ret"] == pytest.approx(a["L_ret"], rel=1e-4, abs=1e-6)   # a small difference of large logarithms
+        for key in ("dot", "cos", "norm_task", "norm_retain"):   # later steps add what float32 weights have drifted
+            assert b[key] == pytest.approx(a[key], rel=1e-4 if i else 1e-5), (i, key)
     a, b = (load_file(last_checkpoint(tmp_path / n) / "pretrained_model/model.safetensors") for n in "12")
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)
 
@@ -385,7 +388,7 @@ def test_interpolation_ends():
 
 
 def test_replay_samples_come_from_the_manifest(token):
-    assert replay_samples(token.manifest) == (list(range(24)), [])
+    assert replay_samples(token.path) == (list(range(24)), [])
 
 
 def test_layer_map():

@@ -52,8 +52,8 @@ def test_pictures_are_upright_and_left_is_left():
             env.move_hand([x, 0.55, z])
             seen = env.observe()
             columns.append(np.mean(red_pixels(seen["top"][:60])[1]))
-            bright = np.nonzero((seen["corner"][..., 2] > 180) & (seen["corner"][..., 1] > 180) & (seen["corner"][..., 0] < 90))  # the cyan finger
-            rows.append(bright[0].mean())
+            red, green, blue = np.moveaxis(seen["corner"], -1, 0)
+            rows.append(np.nonzero((blue > 180) & (green > 180) & (red < 90))[0].mean())  # the cyan finger
         assert columns[1] > columns[0] + 15, "+x is to the right of the top view"
         assert rows[3] < rows[2] - 10, "a raised hand is higher in the corner view"
 
@@ -107,12 +107,13 @@ def test_questions_are_balanced_and_splits_disjoint(asked):
     everything = [r for part in rows.values() for r in part]
     assert len({r["id"] for r in everything}) == len(everything) and {r["scene"] for r in everything} == set(TASKS)
     seeds = {split: {r["seed"] for r in part} for split, part in rows.items()}
-    assert not seeds["train"] & seeds["dev"] and not seeds["train"] & seeds["report"] and not seeds["dev"] & seeds["report"]
+    for a, b in (("train", "dev"), ("train", "report"), ("dev", "report")): assert not seeds[a] & seeds[b]
     owner = collections.defaultdict(set)
     for r in everything: owner[r["scene"], r["seed"]].add(r["split"])
     assert all(len(s) == 1 for s in owner.values()), "a layout's frames stay in one split"
     for r in everything:
-        assert 0 <= r["answer_index"] < len(r["choices"]) == len(set(r["choices"])) and all((asked / p).is_file() for p in r["image_path"])
+        assert 0 <= r["answer_index"] < len(r["choices"]) == len(set(r["choices"]))
+        assert all((asked / p).is_file() for p in r["image_path"])
     for category in ("side", "height", "fixture", "where", "object", "instruction"):
         mine = [r for r in rows["train"] if r["category"] == category]
         n, places = len(mine[0]["choices"]), collections.Counter(r["answer_index"] for r in mine)
@@ -140,7 +141,10 @@ class Script:
         with MetaWorld(task) as env:
             for seed in seeds:
                 env.reset(seed)
-                self.paths.append([(env.state(), a) for _ in range(150) for a in [env.expert_action()] if env.step(a) in (True, False)])
+                self.paths.append([])
+                for _ in range(150):
+                    self.paths[-1].append((env.state(), env.expert_action()))
+                    env.step(self.paths[-1][-1][1])
 
     def reset(self): self.t = 0
 
@@ -149,21 +153,23 @@ class Script:
         t, self.t = self.t, self.t + 8
         assert batch["observation.images.corner"].shape[1:] == (3, 96, 96) and batch["observation.images.top"].max() <= 1
         states = batch["observation.state"].numpy()
-        best = [min(self.paths, key=lambda p: abs(p[t][0] - s).sum()) for s in states] if t else self.paths  # all start alike
+        best = [min(self.paths, key=lambda p: abs(p[t][0] - s).sum()) for s in states]
+        if t == 0: best = self.paths  # all hands start alike, in the order of the seeds
         return torch.tensor(np.array([[a for _, a in p[t : t + 8]] for p in best]))
 
 
 def test_rollout_is_the_same_on_any_number_of_processes(tmp_path):
     seeds = [FIRST_SEED + 3 + i for i in range(5)]
-    script = Script("button-press-topdown-v3", seeds)
+    task = "button-press-topdown-v3"
+    script = Script(task, seeds)
     with Workers(2) as pool:
-        a = rollout(script, ["button-press-topdown-v3"], 5, seed=3, workers=pool, record=[("button-press-topdown-v3", 1)])
-        b = rollout(script, ["button-press-topdown-v3"], 5, seed=3, workers=pool)
-    c = rollout(script, ["button-press-topdown-v3"], 5, seed=3, workers=0)
-    found = a["task"]["button-press-topdown-v3"]
-    assert found == b["task"]["button-press-topdown-v3"] == c["task"]["button-press-topdown-v3"]
+        a = rollout(script, [task], 5, seed=3, workers=pool, record=[(task, 1)])
+        b = rollout(script, [task], 5, seed=3, workers=pool)
+    c = rollout(script, [task], 5, seed=3, workers=0)
+    found = a["task"][task]
+    assert found == b["task"][task] == c["task"][task]
     assert found["k"] >= 4 and found["seeds"] == seeds and found["wilson"][0] < found["k"] / 5 <= found["wilson"][1]
-    clip = a["clips"]["button-press-topdown-v3", 1]
+    clip = a["clips"][task, 1]
     assert clip["corner"].shape[1:] == (160, 160, 3) and clip["corner"].dtype == np.uint8
     for name in save_clips(a["clips"], tmp_path): assert (tmp_path / name).stat().st_size > 1000
 
@@ -177,7 +183,8 @@ def test_a_policy_that_does_nothing_fails():
 
 
 def test_children_go_when_the_parent_is_killed():
-    code = "import os, time; from vla_nb.envs.workers import Workers; p = Workers(1); p.call(0, os.getpid); print(p.result(0), flush=True); time.sleep(60)"
+    code = ("import os, time; from vla_nb.envs.workers import Workers; p = Workers(1); p.call(0, os.getpid); "
+            "print(p.result(0), flush=True); time.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
@@ -196,8 +203,10 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.delenv("VLA_NB_ROOT", raising=False)
     monkeypatch.delenv("VLA_NB_DATA_ROOT", raising=False)
     text = (ROOT / "data_manifests/metaworld_demo.toml").read_text()
-    head, expect = text.split("\n[expect]")[0], "\n[expect]\ntotal_episodes = 2\ntolerance = 0.05\nframes_tolerance = 0.02\n"
-    for old, new in (("train = 30", "train = 1"), ("heldout = 6", "heldout = 1"), ('also = ["metaworld_questions"]', "also = []"),
+    head = text.split("\n[expect]")[0]
+    expect = "\n[expect]\ntotal_episodes = 2\ntolerance = 0.05\nframes_tolerance = 0.02\n"
+    for old, new in (("train = 30", "train = 1"), ("heldout = 6", "heldout = 1"),
+                     ('also = ["metaworld_questions"]', "also = []"),
                      (', "drawer-open-v3", "window-open-v3", "door-open-v3"]', "]")):
         assert old in head
         head = head.replace(old, new)
@@ -208,7 +217,8 @@ def workspace(tmp_path, monkeypatch):
 def test_pull_twice(workspace, capsys):
     pulling.main(["metaworld_demo", "--update_manifest"])
     manifest = load_manifest("metaworld_demo")
-    assert manifest.expect["total_episodes"] == 2 and manifest.source["sha256"] == pulling.source_hash(manifest.source["modules"])
+    assert manifest.expect["total_episodes"] == 2
+    assert manifest.source["sha256"] == pulling.source_hash(manifest.source["modules"])
     root = workspace / "data/metaworld_demo"
     receipt = read_json(root / "meta/pull.json")
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
@@ -219,7 +229,8 @@ def test_pull_twice(workspace, capsys):
     assert not list((workspace / "data").glob(".*.tmp"))
     victim = root / "meta/info.json"
     victim.write_text(victim.read_text() + " ")
-    with pytest.raises(UserError, match="was changed since it was made: 1 of .* first meta/info.json"): pulling.main(["metaworld_demo"])
+    with pytest.raises(UserError, match="was changed since it was made: 1 of .* first meta/info.json"):
+        pulling.main(["metaworld_demo"])
 
 
 def test_pull_refuses_what_it_cannot_stand_for(workspace):
@@ -230,7 +241,8 @@ def test_pull_refuses_what_it_cannot_stand_for(workspace):
     digest = pulling.source_hash(load_manifest("metaworld_demo").source["modules"])
     pinned = pulling.pin(good, digest, {"total_episodes": 3}, {"tolerance": 0.05, "frames_tolerance": 0.02})
     path.write_text(pinned)
-    with pytest.raises(UserError, match="otherwise than its manifest expects: total_episodes is 2"): pulling.main(["metaworld_demo"])
+    with pytest.raises(UserError, match="otherwise than its manifest expects: total_episodes is 2"):
+        pulling.main(["metaworld_demo"])
     assert [p.name for p in (workspace / "data").iterdir() if p.is_dir()] == [], "nothing half-written"
     (workspace / "data/metaworld_demo").mkdir()
     with pytest.raises(UserError, match="was not made by"): pulling.main(["metaworld_demo"])
@@ -239,7 +251,8 @@ def test_pull_refuses_what_it_cannot_stand_for(workspace):
 def test_manifests_pin_the_present_code():
     for name in ("metaworld_demo", "metaworld_questions"):
         source = load_manifest(ROOT / f"data_manifests/{name}.toml").source
-        assert source["sha256"] == pulling.source_hash(source["modules"]), f"run: vla-nb data pull {name} --update_manifest"
+        found = pulling.source_hash(source["modules"])
+        assert source["sha256"] == found, f"run: vla-nb data pull {name} --update_manifest"
 
 
 def test_other_manifests_say_how_to_get_them(workspace, capsys):
@@ -257,7 +270,9 @@ def test_a_machine_without_gl_is_told_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode and "apt-get install" in done.stderr.splitlines()[-1]
     for name in ("egl", "osmesa"):
-        code = "from vla_nb.envs.metaworld import MetaWorld; e = MetaWorld('door-open-v3'); e.reset(0); print(e.observe()['top'].mean())"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**env, "MUJOCO_GL": name}, cwd=ROOT)
+        code = ("from vla_nb.envs.metaworld import MetaWorld; e = MetaWorld('door-open-v3'); e.reset(0); "
+                "print(e.observe()['top'].mean())")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                              env={**env, "MUJOCO_GL": name})
         if done.returncode: pytest.skip(f"{name} is not installed: {done.stderr.splitlines()[-1]}")
         assert 40 < float(done.stdout) < 160 and "rror" not in done.stderr, "no noise at exit"

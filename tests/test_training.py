@@ -107,19 +107,29 @@ def test_half_and_half_is_the_whole(tmp_path, options):
     assert_same(tmp_path / "whole", tmp_path / "half")
 
 
+SGD = dict(steps=5, hook=True, optimizer="sgd")
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory):
+    "Five SGD steps of one process with the whole batch."
+    out = tmp_path_factory.mktemp("runs") / "one"
+    ok(toy(out, **SGD))
+    return out
+
+
 @pytest.mark.parametrize("options", [dict(ranks=2), dict(accumulation=4), dict(ranks=2, accumulation=2)])
-def test_parts_equal_the_big_batch(tmp_path, options):
+def test_parts_equal_the_big_batch(whole_batch, tmp_path, options):
     "Ranks and micro-batches with unequal padding: loss, gradients, dot and weights of one process with the whole batch."
-    run = dict(steps=5, hook=True, optimizer="sgd")
-    ok(toy(tmp_path / "one", **run))
-    assert ok(toy(tmp_path / "parts", **options, **run))["world_size"] == options.get("ranks", 1)
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "parts")):
+    assert ok(toy(tmp_path / "parts", **options, **SGD))["world_size"] == options.get("ranks", 1)
+    assert len(metrics(whole_batch)) == len(metrics(tmp_path / "parts")) == 5
+    for a, b in zip(metrics(whole_batch), metrics(tmp_path / "parts")):
         assert a["valid"] == b["valid"]
         for key in ("loss", "grad_norm", "dot"): assert b[key] == pytest.approx(a[key], rel=1e-5), key
     for step in range(5):
-        one, other = (load_file(tmp_path / name / f"grad-{step}-0.safetensors") for name in ("one", "parts"))
+        one, other = (load_file(out / f"grad-{step}-0.safetensors") for out in (whole_batch, tmp_path / "parts"))
         for key in one: torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=1e-7)
-    left, right = weights(tmp_path / "one"), weights(tmp_path / "parts")
+    left, right = weights(whole_batch), weights(tmp_path / "parts")
     for key in left: torch.testing.assert_close(right[key], left[key], rtol=0, atol=1e-6)
 
 
@@ -138,7 +148,7 @@ def test_two_processes_resume(tmp_path):
 
 
 def test_full_disk_costs_one_checkpoint_only(straight, tmp_path):
-    "From the first checkpoint on no file may exceed 4 kB: the second save fails, the first stays, and the run goes on later."
+    "From the first checkpoint on no file may exceed 4 kB: the second save fails, the first stays, the run can go on."
     out = tmp_path / "run"
     result = toy(out, limit=4000, **RUN)
     assert result.returncode == 1
@@ -253,11 +263,14 @@ def test_replay_takes_the_anchors_samples(world):
     ({"wandb.enable": "true"}, "not available here"),
     ({"craft.enabled": "true", "craft.anchor_cache_dir": "nowhere"}, "AnchorCache directory not found: nowhere"),
 ])
-def test_bad_words_are_one_sentence(world, words, message):
+def test_bad_words_are_one_sentence(world, words, message, monkeypatch, capsys):
     "A wrong flag: non-zero, one line, and no folder."
-    result = cli(world, "train", "bad", **{"policy.type": "fake", "steps": 2, **words})
-    assert result.returncode and message in result.stderr, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and not (world / "bad").exists()
+    from vla_nb.apps.cli import main
+    monkeypatch.setenv("VLA_NB_CACHE_ROOT", str(world / "cache"))
+    monkeypatch.chdir(world)
+    status = main(["train", *flags(world, "bad", **{"policy.type": "fake", "steps": 2, **words})])
+    said = capsys.readouterr().err
+    assert status and message in said and len(said.strip().splitlines()) == 1 and not (world / "bad").exists()
 
 
 def test_a_run_is_not_overwritten(world):

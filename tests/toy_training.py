@@ -90,7 +90,8 @@ def limit_after_checkpoint(out, size):
 def main(out, **o):
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    ranks, rank, accumulation = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), o.get("accumulation", 1)
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    accumulation = o.get("accumulation", 1)
     policy, size = Toy(o.get("dropout", 0.0)), o.get("size", 16)
     resume = last_checkpoint(out) if o.get("resume") else None
     if resume: policy.load_state_dict(load_file(resume / "pretrained_model/model.safetensors"))

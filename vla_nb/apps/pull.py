@@ -40,6 +40,7 @@ def source_hash(
 
 # %% ../../nbs/apps/910_pull.ipynb #6973c02d
 def make_demonstrations(
+    name: str,       # of the dataset, for its card
     root: Path,      # empty folder
     recipe: dict,    # fields of `Recipe`
     workers: int,    # processes
@@ -47,24 +48,27 @@ def make_demonstrations(
     "Record scripted experts into a LeRobot v3.0 dataset."
     from vla_nb.datasets.writer import DatasetWriter
     recipe = from_dict(Recipe, recipe, where="source.recipe")
-    with DatasetWriter(root, FPS, recording_features(recipe), robot_type="metaworld_sawyer") as writer:
+    with DatasetWriter(root, FPS, recording_features(recipe), "metaworld_sawyer", f"local/{name}") as writer:
         episodes = demonstrate(writer, recipe, workers)
         writer.finalize(splits(recipe))
     info, stats = read_json(root / "meta/info.json"), read_json(root / "meta/stats.json")
     kept = {key: {s: stats[key][s] for s in ("mean", "std", "min", "max")} for key in ("observation.state", "action")}
     attempts = {}
     for e in episodes: attempts[e["task"]] = attempts.get(e["task"], 0) + e["seed"] % 100 + 1
+    features = info["features"]
     return {"total_episodes": info["total_episodes"], "fps": info["fps"], "total_frames": info["total_frames"],
-            "state_dim": info["features"]["observation.state"]["shape"][0], "action_dim": info["features"]["action"]["shape"][0],
-            "cameras": [k for k, f in info["features"].items() if f["dtype"] == "video"], "attempts": attempts, "statistics": kept}
+            "state_dim": features["observation.state"]["shape"][0], "action_dim": features["action"]["shape"][0],
+            "cameras": [k for k, f in features.items() if f["dtype"] == "video"],
+            "attempts": attempts, "statistics": kept}
 
-def make_questions(root: Path, recipe: dict, workers: int) -> dict:
+# %% ../../nbs/apps/910_pull.ipynb #a569745e
+def make_questions(name: str, root: Path, recipe: dict, workers: int) -> dict:
     "Make multiple-choice questions; same arguments and result as `make_demonstrations`."
     return build(root, from_dict(QuestionRecipe, recipe, where="source.recipe"), workers)
 
 GENERATORS = {"demonstrations": make_demonstrations, "questions": make_questions}
 
-# %% ../../nbs/apps/910_pull.ipynb #a569745e
+# %% ../../nbs/apps/910_pull.ipynb #91178651
 def check_facts(
     expect: dict,  # of the manifest
     found: dict,   # of a generator
@@ -73,14 +77,15 @@ def check_facts(
     loose = {"total_frames", "attempts", "statistics"}
     exact = {k: v for k, v in expect.items() if k not in loose | {"tolerance", "frames_tolerance"}}
     wrong = differences(exact, found)
-    if "statistics" in expect: wrong += differences(expect["statistics"], found.get("statistics"), expect["tolerance"], "statistics")
+    if "statistics" in expect:
+        wrong += differences(expect["statistics"], found.get("statistics"), expect["tolerance"], "statistics")
     if "total_frames" in expect:
         most = expect["frames_tolerance"] * expect["total_frames"]
         if abs(found["total_frames"] - expect["total_frames"]) > most:
             wrong.append(f"total_frames is {found['total_frames']}: expected {expect['total_frames']} ± {most:.0f}.")
     return wrong
 
-# %% ../../nbs/apps/910_pull.ipynb #1a86f45a
+# %% ../../nbs/apps/910_pull.ipynb #a9b3cd56
 def receipt_path(
     root: Path,  # dataset folder
 ) -> Path:
@@ -98,25 +103,27 @@ def verify(
     "Check a pulled dataset against its receipt, and the receipt against the manifest."
     root, again = manifest.path, f"`vla-nb data pull {manifest.name} --force` makes it anew"
     if not receipt_path(root).is_file():
-        raise UserError(f"{root} was not made by `vla-nb data pull` ({receipt_path(root).name} is missing): move it away, or {again}.")
+        raise UserError(f"{root} was not made by `vla-nb data pull` ({RECEIPT} is missing): move it away, or {again}.")
     receipt = read_json(receipt_path(root))
     if receipt["sha256"] != manifest.source["sha256"] or receipt["recipe"] != manifest.source["recipe"]:
         raise UserError(f"{root} was made by another recipe or generator than {manifest.name}.toml pins: {again}.")
-    found = file_hashes(root)
-    wrong = [name for name, digest in receipt["files"].items() if found.get(name) != digest] + sorted(set(found) - set(receipt["files"]))
-    if wrong: raise UserError(f"{root} was changed since it was made: {len(wrong)} of {len(found)} files, first {wrong[0]}; {again}.")
+    found, kept = file_hashes(root), receipt["files"]
+    wrong = sorted(name for name in found.keys() | kept if found.get(name) != kept.get(name))
+    if wrong:
+        raise UserError(f"{root} was changed since it was made: {len(wrong)} of {len(kept)} files, "
+                        f"first {wrong[0]}; {again}.")
     return len(found)
 
-# %% ../../nbs/apps/910_pull.ipynb #a9b3cd56
+# %% ../../nbs/apps/910_pull.ipynb #f3380e75
 def check_generator(
     manifest: Manifest,
 ):
     "Refuse when the code that makes the dataset is not the code the manifest pins."
-    found = source_hash(manifest.source["modules"])
-    if found != manifest.source["sha256"]:
-        raise UserError(f"The code that makes {manifest.name} changed since its manifest was pinned (now {found[:12]}, pinned "
-                        f"{manifest.source['sha256'][:12]}): pin anew with `vla-nb data pull {manifest.name} --update_manifest`, or go back "
-                        "to the pinned revision.")
+    found, pinned = source_hash(manifest.source["modules"]), manifest.source["sha256"]
+    if found != pinned:
+        raise UserError(f"The code that makes {manifest.name} changed since its manifest was pinned "
+                        f"(now {found[:12]}, pinned {pinned[:12]}): pin anew with "
+                        f"`vla-nb data pull {manifest.name} --update_manifest`, or go back to the pinned revision.")
 
 def generate(
     manifest: Manifest,
@@ -127,14 +134,16 @@ def generate(
     root, source, started = manifest.path, manifest.source, time.time()
     for stale in root.parent.glob(f".{root.name}.*.tmp"): shutil.rmtree(stale, ignore_errors=True)
     with atomic_dir(root) as folder:
-        facts = GENERATORS[source["make"]](folder, source["recipe"], workers)
+        facts = GENERATORS[source["make"]](manifest.name, folder, source["recipe"], workers)
         wrong = [] if repin else check_facts(manifest.expect, facts)
-        if wrong: raise UserError(f"{manifest.name} came out otherwise than its manifest expects: {' '.join(wrong[:3])} "
-                                  "Nothing was kept; check that mujoco and metaworld have the versions of constraints.txt.")
+        if wrong:
+            raise UserError(f"{manifest.name} came out otherwise than its manifest expects: {' '.join(wrong[:3])} "
+                            "Nothing was kept; check that mujoco and metaworld have the versions of constraints.txt.")
         write_json(receipt_path(folder), {
-            "manifest": manifest.name, "recipe": source["recipe"], "sha256": source_hash(source["modules"]), "facts": facts,
+            "manifest": manifest.name, "recipe": source["recipe"], "sha256": source_hash(source["modules"]),
             "seconds": round(time.time() - started, 1), "renderer": os.environ.get("MUJOCO_GL", "native"),
-            "versions": {name: version(name) for name in ("mujoco", "metaworld")}, "files": file_hashes(folder)})
+            "versions": {name: version(name) for name in ("mujoco", "metaworld")},
+            "facts": facts, "files": file_hashes(folder)})
     return facts
 
 # %% ../../nbs/apps/910_pull.ipynb #6f266217
@@ -159,7 +168,7 @@ def pin(
         lines += ["", f'[expect.statistics."{key}"]', *(f"{name} = {toml_value(v)}" for name, v in table.items())]
     return head + "[expect]\n" + "\n".join(lines) + "\n"
 
-# %% ../../nbs/apps/910_pull.ipynb #f3380e75
+# %% ../../nbs/apps/910_pull.ipynb #dac580e1
 @dataclass(frozen=True)
 class PullOptions:
     "Flags of `vla-nb data pull`."
@@ -167,6 +176,7 @@ class PullOptions:
     force: bool = False            # make the dataset anew although it is there
     update_manifest: bool = False  # for developers: make it anew and pin what comes out
 
+# %% ../../nbs/apps/910_pull.ipynb #52af7181
 def pull(
     name: str,             # manifest
     options: PullOptions,
@@ -175,7 +185,9 @@ def pull(
     manifest = load_manifest(name)
     source, root = manifest.source, manifest.path
     if source["kind"] != "generator":
-        if not root.exists(): raise UserError(f"{name} is not at {root} and cannot be fetched by this command: {manifest.how_to_get.strip()}")
+        if not root.exists():
+            raise UserError(f"{name} is not at {root} and cannot be fetched by this command: "
+                            f"{manifest.how_to_get.strip()}")
         print(f"{name}: {root} is there; it is read by its own commands, this one does not check it.")
         return
     with file_lock(root.parent / f".{root.name}.lock"):
@@ -192,14 +204,14 @@ def pull(
             print(f"{name}: written to {root} in {time.time() - started:.0f} s.", flush=True)
     for other in source.get("also", []): pull(other, options)
 
-# %% ../../nbs/apps/910_pull.ipynb #dac580e1
+# %% ../../nbs/apps/910_pull.ipynb #6d6159a7
 def list_manifests():
     "One line per manifest: is it there, and if not, how to get it."
     for name in manifest_names():
         manifest = load_manifest(name)
-        how = f"vla-nb data pull {name}" if manifest.source["kind"] == "generator" else manifest.how_to_get.strip().splitlines()[0]
-        print(f"{name:28} {'present' if manifest.path.exists() else 'missing'}  {manifest.title}")
-        if not manifest.path.exists(): print(f"{'':28} -> {how}")
+        here = manifest.path.exists()
+        print(f"{name:28} {'present' if here else 'missing'}  {manifest.title}")
+        if not here: print(f"{'':28} -> {manifest.how_to_get.strip().splitlines()[0]}")
 
 def main(
     argv: list[str],  # command-line words after `data pull`
@@ -207,7 +219,8 @@ def main(
     "Get or make a dataset: `vla-nb data pull metaworld_demo`; without a name: list the manifests."
     words = [w for w in argv if not w.startswith("--")]
     options = apply_flags(PullOptions(), parse_flags([w for w in argv if w.startswith("--")]))
-    if len(words) > 1: raise UserError(f"vla-nb data pull takes one name, not {len(words)} ({', '.join(words)}); write flags as --name=value.")
+    if len(words) > 1:
+        raise UserError(f"vla-nb data pull takes one name, not {' '.join(words)!r}; write flags as --name=value.")
     if words: pull(words[0], options)
     else: list_manifests()
     return 0

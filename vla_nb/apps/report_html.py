@@ -75,7 +75,7 @@ DETAILS = """
 details{margin:12px 0}summary{cursor:pointer;color:var(--accent);padding:6px 0}
 summary:focus-visible{outline:2px solid var(--accent)}
 code,pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{overflow-x:auto;margin:6px 0;padding:10px 12px}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0;padding:10px 12px}
 pre,code.cmd{background:var(--tint);border-radius:6px}code.cmd{padding:1px 6px;overflow-wrap:anywhere}
 td code.cmd{overflow-wrap:normal}
 .made{font-size:.84rem;color:var(--soft);max-width:none;margin-top:10px;overflow-wrap:anywhere}
@@ -83,6 +83,7 @@ td code.cmd{overflow-wrap:normal}
 video{width:100%;border-radius:8px;background:#000;display:block}
 .clips figcaption{font-size:.9rem;color:var(--ink);overflow-wrap:anywhere}.ok{color:var(--good);font-weight:600}
 .no{color:var(--bad);font-weight:600}
+main>h2{margin-top:1.4em}blockquote{margin:.4em 0;color:var(--soft)}
 """
 
 # %% ../../nbs/apps/932_report_html.ipynb #cd6c531e

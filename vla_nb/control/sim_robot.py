@@ -30,7 +30,8 @@ class SimRobot:
     def get_observation(self):
         "One reading: a number per state name and, with `looks`, a picture per camera."
         seen = self.env.observe(render=self.looks)
-        return {**dict(zip(self.env.state_names, map(float, seen["state"]))), **{c: seen[c] for c in self.env.cameras if c in seen}}
+        numbers = dict(zip(self.env.state_names, map(float, seen["state"])))
+        return {**numbers, **{c: seen[c] for c in self.env.cameras if c in seen}}
 
     def send_action(self, action):
         "Clip to [-1, 1], the limits of the simulated arm, step, and return what was sent."

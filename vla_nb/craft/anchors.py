@@ -33,7 +33,7 @@ BUILD = "vla-nb anchors build --policy.path=POLICY --dataset.root=DATASET --mode
 class CacheMissing(UserError, FileNotFoundError):
     "An anchor cache, or a file of it, is not there."
 
-
+# %% ../../nbs/craft/530_anchors.ipynb #2d147ec7
 def pack(
     batch: dict,  # preprocessed; pictures uint8, or float in [0, 1]
 ) -> dict:  # what the policy reads, on CPU, pictures uint8
@@ -134,7 +134,7 @@ def write_shard(
     count = len(next(iter(data.values())))
     return {"file": name, "count": count, "bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
 
-# %% ../../nbs/craft/530_anchors.ipynb #2d147ec7
+# %% ../../nbs/craft/530_anchors.ipynb #4f93c7d7
 def build_cache(
     out: str | Path,  # folder to make
     batches: Callable,  # start -> iterator of (preprocessed batch, [{"kind": frame|question, "index"|"id": …}])
@@ -146,21 +146,14 @@ def build_cache(
     info: dict | None = None,  # manifest entries of the caller: teacher, dataset, prompt_source, overlap …
 ) -> "AnchorCache":  # the finished cache
     "Build an anchor cache from a stream of batches, or continue an interrupted build."
-    out, work, recipe = Path(out), Path(out).parent / f".{Path(out).name}.partial", _recipe(policy, mode, layer, pooling)
+    out, recipe = Path(out), _recipe(policy, mode, layer, pooling)
+    work = out.parent / f".{out.name}.partial"
     if out.exists(): raise CraftError(f"{out} exists; choose another --output or remove it")
     identity = hash_json({**recipe, "info": info or {}})
     state = _partial(work, identity)
-    was_training, parts = policy.training, []
+    was_training = policy.training
     policy.eval()
-    try:
-        for batch, rows in batches(sum(s["count"] for s in state["shards"])):
-            packed = pack(batch)
-            given = {k: v for k, v in batch.items() if k.startswith("given.")}
-            parts.append({**packed, **_targets(policy, packed, recipe, given)})
-            state["samples"] += rows
-            waiting = len(state["samples"]) - sum(s["count"] for s in state["shards"])
-            if waiting >= shard_size: parts = _flush(work, state, parts)
-        if parts: _flush(work, state, parts)
+    try: _fill(work, state, batches, policy, recipe, shard_size)
     finally: policy.train(was_training)
     if not state["samples"]: raise CraftError(f"no anchor for {out}: the selection of frames and questions is empty")
     write_json(work / "manifest.json", _manifest(work, state, recipe, info or {}))
@@ -168,7 +161,26 @@ def build_cache(
     os.replace(work, out)
     return AnchorCache(out)
 
-# %% ../../nbs/craft/530_anchors.ipynb #4f93c7d7
+# %% ../../nbs/craft/530_anchors.ipynb #000ab559
+def _fill(work, state, batches, policy, recipe, shard_size):
+    "Ask the teacher for what is still missing, shard by shard."
+    parts = []
+    for batch, rows in batches(sum(s["count"] for s in state["shards"])):
+        packed = pack(batch)
+        given = {k: v for k, v in batch.items() if k.startswith("given.")}
+        parts.append({**packed, **_targets(policy, packed, recipe, given)})
+        state["samples"] += rows
+        waiting = len(state["samples"]) - sum(s["count"] for s in state["shards"])
+        if waiting >= shard_size: parts = _flush(work, state, parts)
+    if parts: _flush(work, state, parts)
+
+def _flush(work, state, parts):
+    "Write the collected batches as a shard and remember it; returns an empty list."
+    state["shards"].append(write_shard(work, len(state["shards"]), parts))
+    write_json(work / "partial.json", state)
+    return []
+
+# %% ../../nbs/craft/530_anchors.ipynb #755058e2
 def _recipe(policy, mode, layer, pooling):
     "What decides the content of a cache, apart from its samples."
     if mode not in ("token", "hidden"): raise CraftError(f"anchor mode {mode!r} is unknown; choose token or hidden")
@@ -200,13 +212,7 @@ def _targets(policy, batch, recipe, given):
     if given: return {"target_features": given["given.features"].half()}
     return teacher_features(policy, batch, recipe["layer"]["index"], recipe["pooling"])
 
-def _flush(work, state, parts):
-    "Write the collected batches as a shard and remember it; returns an empty list."
-    state["shards"].append(write_shard(work, len(state["shards"]), parts))
-    write_json(work / "partial.json", state)
-    return []
-
-# %% ../../nbs/craft/530_anchors.ipynb #000ab559
+# %% ../../nbs/craft/530_anchors.ipynb #8bb2322b
 def _manifest(work, state, recipe, info):
     "The manifest of a finished cache."
     first = load_file(work / state["shards"][0]["file"])
@@ -220,6 +226,7 @@ def _manifest(work, state, recipe, info):
               "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     return entry | (_feature_statistics if recipe["mode"] == "hidden" else _token_statistics)(work, state["shards"])
 
+# %% ../../nbs/craft/530_anchors.ipynb #c2d53441
 def _feature_statistics(work, shards):
     "Mean and variance of the teacher's features over all anchors (and tokens)."
     total = square = count = 0
@@ -229,8 +236,8 @@ def _feature_statistics(work, shards):
         f = f[data["target_mask"]] if "target_mask" in data else f
         total, square, count = total + f.sum(0), square + f.square().sum(0), count + len(f)
     mean = total / count
-    return {"feature_dim": len(mean), "dtype": "float16",
-            "loss_scale": {"mean": mean.tolist(), "variance": float((square / count - mean.square()).clamp_min(0).mean())}}
+    variance = float((square / count - mean.square()).clamp_min(0).mean())
+    return {"feature_dim": len(mean), "dtype": "float16", "loss_scale": {"mean": mean.tolist(), "variance": variance}}
 
 def _token_statistics(work, shards):
     "The teacher's own cross-entropy (the floor of plain CE) and how its distribution is stored."
@@ -242,7 +249,7 @@ def _token_statistics(work, shards):
     return {"teacher_ce": ce / max(count, 1), "dtype": "float16", "num_tokens": count,
             "distribution": {"stored": stored, "width": data["teacher.logprobs"].shape[-1]}}
 
-# %% ../../nbs/craft/530_anchors.ipynb #ddee7010
+# %% ../../nbs/craft/530_anchors.ipynb #6fdc7873
 class AnchorCache:
     "A finished anchor cache."
     def __init__(
@@ -269,22 +276,25 @@ class AnchorCache:
     def __repr__(self):
         return f"AnchorCache({str(self.path)!r}, {self.manifest['mode']}, {len(self)} anchors)"
 
-    def command(self, mode: str | None = None) -> str:
-        "The command that builds such a cache."
-        return BUILD.format(mode=mode or getattr(self, "manifest", {}).get("mode", "token|hidden"), path=self.path)
+# %% ../../nbs/craft/530_anchors.ipynb #6cfd8fdb
+def _command(self, mode: str | None = None) -> str:
+    "The command that builds such a cache."
+    return BUILD.format(mode=mode or getattr(self, "manifest", {}).get("mode", "token|hidden"), path=self.path)
 
-    def suggest(self, mode: str | None = None) -> str:
-        "Caches nearby, and the build command, as the end of a sentence."
-        files = sorted(self.path.parent.glob("*/manifest.json")) if self.path.parent.is_dir() else []
-        near = [str(f.parent) for f in files if f.parent != self.path and _has_mode(f, mode)]
-        return f"{'; close: ' + ', '.join(near[:5]) if near else ''}; build it: {self.command(mode)}"
+def _suggest(self, mode: str | None = None) -> str:
+    "Caches nearby, and the build command, as the end of a sentence."
+    files = sorted(self.path.parent.glob("*/manifest.json")) if self.path.parent.is_dir() else []
+    near = [str(f.parent) for f in files if f.parent != self.path and _has_mode(f, mode)]
+    return f"{'; close: ' + ', '.join(near[:5]) if near else ''}; build it: {self.command(mode)}"
 
 def _has_mode(file, mode):
     "Whether a manifest is an anchor manifest of this mode (None: of any)."
     found = read_json(file)
     return isinstance(found, dict) and "num_anchors" in found and mode in (None, found.get("mode"))
 
-# %% ../../nbs/craft/530_anchors.ipynb #8bb2322b
+AnchorCache.command, AnchorCache.suggest = _command, _suggest
+
+# %% ../../nbs/craft/530_anchors.ipynb #9090c374
 def _load(self, i: int) -> dict:
     "Shard i, memory-mapped."
     if i not in self._shards: self._shards[i] = load_file(self.path / self.manifest["shards"][i]["file"])
@@ -299,6 +309,9 @@ def _batch(self, indices: list[int]) -> dict:
         rows.append({k: v[row:row + 1] for k, v in self.load(shard).items()})
     return {k: pad_cat([r[k] for r in rows]) for k in rows[0]}
 
+AnchorCache.load, AnchorCache.batch = _load, _batch
+
+# %% ../../nbs/craft/530_anchors.ipynb #b48c3bd9
 def _verify(self) -> dict:
     "Check files, checksums, counts and values; returns a summary, raises on the first defect."
     m, total = self.manifest, 0
@@ -320,9 +333,9 @@ def _verify(self) -> dict:
     return {"anchors": total, "mode": m["mode"], "bytes": sum(s["bytes"] for s in m["shards"]),
             "shards": len(m["shards"]), "overlap": m["overlap"]}
 
-AnchorCache.load, AnchorCache.batch, AnchorCache.verify = _load, _batch, _verify
+AnchorCache.verify = _verify
 
-# %% ../../nbs/craft/530_anchors.ipynb #c2d53441
+# %% ../../nbs/craft/530_anchors.ipynb #15bca3a1
 def check_policy(
     cache: AnchorCache,  # opened cache
     policy,  # policy that is to read it
@@ -337,6 +350,7 @@ def check_policy(
         raise CraftError(f"{cache.path} holds features of width {m['feature_dim']}, this policy's are "
                          f"{policy.hidden_dim} wide ({policy.num_hidden_states} layers); rebuild: {cache.command()}")
 
+# %% ../../nbs/craft/530_anchors.ipynb #045b9a46
 def check_cache(
     cache: AnchorCache,  # opened cache
     policy,  # the policy that is to be trained
@@ -381,7 +395,7 @@ def anchor_indices(
     start = (k * world + rank) * size
     return [permutation(n, seed, p // n)[p % n] for p in range(start, start + size)]
 
-# %% ../../nbs/craft/530_anchors.ipynb #6fdc7873
+# %% ../../nbs/craft/530_anchors.ipynb #2b828263
 @torch.no_grad()
 def measure_retention(
     policy,  # any policy of the teacher's family
@@ -393,18 +407,19 @@ def measure_retention(
     "How far a policy has drifted, for every mode the cache allows."
     device, was = next(policy.parameters()).device, policy.training
     sums = {m: [0.0, 0] for m, kind in CACHE_MODE.items() if kind == cache.manifest["mode"]}
+    def call(method, *args): return getattr(policy, method)(*args)
     policy.eval()
     try:
         for a in range(0, len(cache), batch_size):
             batch = cache.batch(range(a, min(a + batch_size, len(cache))))
             batch = {k: v.to(device) for k, v in batch.items()}
             for mode, acc in sums.items():
-                terms = retention_terms(lambda f, *x: getattr(policy, f)(*x), batch, cache.manifest, mode, loss, loss_scale)
-                acc[0], acc[1] = acc[0] + float(terms[0]), acc[1] + int(terms[1])
+                total, count = retention_terms(call, batch, cache.manifest, mode, loss, loss_scale)
+                acc[0], acc[1] = acc[0] + float(total), acc[1] + int(count)
     finally: policy.train(was)
     return {m: s / max(n, 1) for m, (s, n) in sums.items()}
 
-# %% ../../nbs/craft/530_anchors.ipynb #6cfd8fdb
+# %% ../../nbs/craft/530_anchors.ipynb #887aebfb
 def read_lineage_a(
     source: Path,  # folder with shard_*.pt and metadata.json
 ) -> tuple[dict, list[dict]]:  # metadata, shards as dictionaries of tensors
@@ -415,7 +430,8 @@ def read_lineage_a(
     shards = []
     for file in files:
         try: shards.append(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as e: raise CraftError(f"{file} is not a plain tensor file or is damaged ({type(e).__name__})") from e
+        except Exception as e:
+            raise CraftError(f"{file} is not a plain tensor file or is damaged ({type(e).__name__})") from e
         if not isinstance(shards[-1], dict) or "input_ids" not in shards[-1] or "pixel_values" not in shards[-1]:
             raise CraftError(f"{file} is not a stacked anchor shard: pixel_values and input_ids are missing")
         if not {"labels", "target_features"} & shards[-1].keys():
@@ -425,6 +441,7 @@ def read_lineage_a(
     if count != found: raise CraftError(f"{source}: metadata counts {count} anchors, the shards hold {found}")
     return meta, shards
 
+# %% ../../nbs/craft/530_anchors.ipynb #875e6c6b
 def _ragged(rows):
     "Right-padded ids and their mask."
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
@@ -432,7 +449,12 @@ def _ragged(rows):
     for i, r in enumerate(rows): ids[i, :len(r)], mask[i, :len(r)] = r, True
     return ids, mask
 
-# %% ../../nbs/craft/530_anchors.ipynb #9090c374
+def _running(shards):
+    "Samples up to the end of each shard."
+    total = 0
+    return [total := total + len(s["input_ids"]) for s in shards]
+
+# %% ../../nbs/craft/530_anchors.ipynb #adf80d3e
 def import_lineage_a(
     source: str | Path,  # folder with shard_*.pt and metadata.json
     out: str | Path,  # folder to make
@@ -459,8 +481,3 @@ def import_lineage_a(
             "dataset": {"id": meta.get("dataset_repo_id", meta.get("dataset"))}, "imported": {"metadata": meta}}
     layer, pooling = meta.get("hidden_layer", -2), meta.get("pooling", "mean_image_tokens")
     return build_cache(out, batches, policy, mode, layer, pooling, shard_size=1, info=info)
-
-def _running(shards):
-    "Samples up to the end of each shard."
-    total = 0
-    return [total := total + len(s["input_ids"]) for s in shards]

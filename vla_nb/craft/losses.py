@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL_VOCABULARY', 'TOP_K', 'token_ce', 'check_shapes', 'teacher_targets', 'token_kl', 'pool', 'hidden_loss',
-           'retention_terms']
+           'retention_terms', 'anchor_count']
 
 # %% ../../nbs/craft/520_losses.ipynb #8e6504ef
 from collections.abc import Callable
@@ -50,6 +50,7 @@ def teacher_targets(
     rest = logp.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
     return {"teacher.logprobs": torch.cat([top, rest], -1).clamp_min(-1e4).half(), "teacher.ids": ids.int()}
 
+# %% ../../nbs/craft/520_losses.ipynb #30a59ae6
 def token_kl(
     logits: torch.Tensor,  # [B, S, V] student
     mask: torch.Tensor,  # bool [B, S]
@@ -58,16 +59,15 @@ def token_kl(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (sum, count)
     "KL(teacher ‖ student) over the teacher's tokens."
     check_shapes(logits, logprobs[..., 0], mask)
-    logits, teacher = logits[mask].float(), logprobs[mask].float().softmax(-1)
+    teacher, student = logprobs[mask].float().log_softmax(-1), logits[mask].float().log_softmax(-1)
     if ids is not None:
-        ids, norm = ids[mask].long(), logits.logsumexp(-1, keepdim=True)
-        rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
-        logits = torch.cat([logits.gather(-1, ids), rest], -1) - norm
-    if teacher.shape != logits.shape:
+        ids = ids[mask].long()
+        rest = student.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+        student = torch.cat([student.gather(-1, ids), rest], -1)
+    if teacher.shape != student.shape:
         raise CraftError(f"the cache holds {teacher.shape[-1]} token probabilities, the policy gives "
-                         f"{logits.shape[-1]}; build the anchors with this policy's tokenizer")
-    entropy = torch.special.entr(teacher).sum()
-    return F.cross_entropy(logits, teacher, reduction="sum") - entropy, mask.sum()
+                         f"{student.shape[-1]}; build the anchors with this policy's tokenizer")
+    return F.kl_div(student, teacher, reduction="sum", log_target=True), mask.sum()
 
 # %% ../../nbs/craft/520_losses.ipynb #3a7f686e
 def pool(
@@ -127,3 +127,10 @@ def retention_terms(
     logits, targets, mask = call("token_logits", batch)
     if mode == "token_ce": return token_ce(logits, targets, mask, batch["teacher.ce"])
     return token_kl(logits, mask, batch["teacher.logprobs"], batch.get("teacher.ids"))
+
+def anchor_count(
+    batch: dict,  # from `AnchorCache.batch`
+) -> torch.Tensor:  # int64 scalar: target tokens, or samples of pooled features
+    "How many targets a batch holds, before any forward pass."
+    mask = batch.get("suffix.loss_mask", batch.get("target_mask"))
+    return torch.tensor(len(batch["target_features"])) if mask is None else mask.sum()

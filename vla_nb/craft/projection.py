@@ -54,7 +54,7 @@ class Dots:
         "False when any gradient holds NaN or infinity."
         return all(map(math.isfinite, (self.dot, self.task_sq, self.retain_sq)))
 
-
+# %% ../../nbs/craft/510_projection.ipynb #ecf8c20d
 def gradient_dots(
     task: list,  # g_t, one tensor or None per parameter
     retain: list,  # g_r, same order

@@ -55,7 +55,7 @@ def add(self: VideoWriter, image):
         raise UserError(f"{self.path.name} takes uint8 {self.shape} pictures, got {image.dtype} {image.shape}")
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     frame.pts, frame.duration, frame.time_base = self.count, 1, self._time_base
-    frame = self._reformat.reformat(frame, format="yuv420p")
+    frame = self._reformat.reformat(frame, format="yuv420p", threads=1)
     try: self._file.mux(self._stream.encode(frame))
     except av.error.FFmpegError as e: raise UserError(f"cannot encode {self.path}: {e}") from e
     self.count += 1
@@ -133,7 +133,7 @@ def _decode(self: VideoReader, i):
     for frame in self._frames:
         at = int(np.searchsorted(self._ticks, frame.pts))
         self._next = at + 1
-        if at == i: return self._convert.reformat(frame, format="rgb24").to_ndarray()
+        if at == i: return self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
         if at > i: break
     self._next = -1
     raise UserError(f"{self.path}: frame {i} of {len(self)} cannot be decoded; the file is damaged")
@@ -163,12 +163,15 @@ def close(self: VideoReader):
 # %% ../../nbs/datasets/100_video.ipynb #46f6c2f5
 MAX_OPEN = 32  # open video files per thread
 _LOCAL = threading.local()
+_INHERITED = []  # the parent's readers after a fork: not used, and not freed, which would wait for the parent's threads
 
 def video_reader(
     path,  # video file
 ) -> VideoReader:  # kept open for the next call
     "The reader of a file, from this thread's small cache."
-    if getattr(_LOCAL, "pid", None) != os.getpid(): _LOCAL.pid, _LOCAL.readers = os.getpid(), OrderedDict()
+    if getattr(_LOCAL, "pid", None) != os.getpid():
+        if hasattr(_LOCAL, "readers"): _INHERITED.append(_LOCAL.readers)
+        _LOCAL.pid, _LOCAL.readers = os.getpid(), OrderedDict()
     try: stat = os.stat(path)
     except OSError as e: raise UserError(f"video file {path} cannot be read: {e.strerror}") from e
     key = (str(path), stat.st_mtime_ns, stat.st_size)

@@ -52,7 +52,7 @@ def choose_gl(
     "Choose MuJoCo's OpenGL backend before mujoco is imported; a value set by the user is kept."
     if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"): return os.environ.get("MUJOCO_GL", "native")
     if "mujoco" in sys.modules:
-        raise UserError("mujoco was imported before a renderer was chosen: set MUJOCO_GL=egl (or osmesa), start Python again.")
+        raise UserError("mujoco was imported before a renderer was chosen: set MUJOCO_GL=egl and start again.")
     failures = {}
     for backend in backends:
         failures[backend] = gl_works(backend)
@@ -60,7 +60,7 @@ def choose_gl(
             os.environ["MUJOCO_GL"] = backend
             return backend
     reasons = "; ".join(f"{b}: {why}" for b, why in failures.items())
-    raise UserError(f"Off-screen rendering does not work here ({reasons}): install the GL libraries with `{GL_INSTALL}`.")
+    raise UserError(f"Off-screen rendering does not work here ({reasons}): install OpenGL with `{GL_INSTALL}`.")
 
 # %% ../../nbs/envs/750_base.ipynb #f88452d5
 _open = weakref.WeakSet()

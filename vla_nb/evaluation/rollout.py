@@ -37,6 +37,7 @@ def begin(
         _running[i] = env, []
     return {i: env.observe() for i, (env, _) in _running.items()}
 
+# %% ../../nbs/evaluation/680_rollout.ipynb #7ff43f51
 def advance(
     chunks: dict,    # number of the episode -> actions [T, A]
     max_steps: int,  # longest episode
@@ -56,17 +57,18 @@ def executed(numbers: list) -> dict:
     "The actions of a child's episodes: number -> [steps, A]."
     return {i: np.array(_running[i][1]) for i in numbers}
 
-# %% ../../nbs/evaluation/680_rollout.ipynb #7ff43f51
+# %% ../../nbs/evaluation/680_rollout.ipynb #e4f8e7c5
 def batch_of(
     observations: list,  # of `MetaWorld.observe`
     text: str,           # instruction
 ) -> dict:               # raw batch: pictures float32 [B, 3, H, W] in [0, 1], state [B, 4], "task"
     "Stack observations into the batch a policy reads."
     import torch
-    pictures = {f"{OBS_IMAGES}.{c}": torch.from_numpy(np.stack([o[c] for o in observations])).permute(0, 3, 1, 2).float() / 255
-                for c in VIEWS}
-    return {**pictures, OBS_STATE: torch.from_numpy(np.stack([o["state"] for o in observations])), TASK: [text] * len(observations)}
+    stack = lambda key: torch.from_numpy(np.stack([o[key] for o in observations]))
+    pictures = {f"{OBS_IMAGES}.{camera}": stack(camera).permute(0, 3, 1, 2).float() / 255 for camera in VIEWS}
+    return {**pictures, OBS_STATE: stack("state"), TASK: [text] * len(observations)}
 
+# %% ../../nbs/evaluation/680_rollout.ipynb #977b75bd
 def run_task(
     policy,              # has `plan`, `reset` and `config.n_action_steps`
     task: str,           # environment
@@ -90,7 +92,7 @@ def run_task(
     actions = pool.ask(executed, {w: (list(part),) for w, part in shares.items()})
     return solved, [actions[i] for i in range(len(seeds))]
 
-# %% ../../nbs/evaluation/680_rollout.ipynb #e4f8e7c5
+# %% ../../nbs/evaluation/680_rollout.ipynb #dd3168e4
 FIRST_SEED = 5_000_000  # rollouts use FIRST_SEED + seed + i
 
 def rollout(
@@ -104,7 +106,8 @@ def rollout(
     clip_size: int = 160,  # side of the films, pixels
 ) -> dict:                 # {"task": {name: {"successes", "k", "n", "wilson", "seeds", "steps"}}, "seconds", "clips"}
     "Success of a policy in closed loop."
-    for task in {*tasks, *(t for t, _ in record)} - set(TASKS): raise UserError(f"Task {task!r} is unknown: use one of {', '.join(TASKS)}.")
+    unknown = [t for t in [*tasks, *(t for t, _ in record)] if t not in TASKS]
+    if unknown: raise UserError(f"Task {unknown[0]!r} is unknown: use one of {', '.join(TASKS)}.")
     if n_episodes < 1: raise UserError(f"n_episodes is {n_episodes}: at least one episode is needed.")
     started, result, clips = time.time(), {}, {}
     seeds = [FIRST_SEED + seed + i for i in range(n_episodes)]
@@ -112,10 +115,11 @@ def rollout(
         for task in bar(tasks, desc="rollout"):
             solved, actions = run_task(policy, task, seeds, pool, max_steps)
             k = int(solved.sum())
-            result[task] = {"successes": solved.astype(int).tolist(), "k": k, "n": n_episodes, "wilson": list(wilson(k, n_episodes)),
-                            "seeds": seeds, "steps": [len(a) for a in actions]}
-            jobs = [(task, seeds[i], actions[i], clip_size) for t, i in record if t == task]
-            for (_, i), frames in zip([r for r in record if r[0] == task], pool.map(film, jobs)): clips[task, i] = frames
+            result[task] = {"successes": solved.astype(int).tolist(), "k": k, "n": n_episodes,
+                            "wilson": list(wilson(k, n_episodes)), "seeds": seeds, "steps": [len(a) for a in actions]}
+            chosen = [i for t, i in record if t == task]
+            films = pool.map(film, [(task, seeds[i], actions[i], clip_size) for i in chosen])
+            for i, frames in zip(chosen, films): clips[task, i] = frames
     return {"task": result, "seconds": round(time.time() - started, 2), "clips": clips}
 
 # %% ../../nbs/evaluation/680_rollout.ipynb #189dca0e
@@ -148,7 +152,7 @@ def save_clips(
             encode_video(Path(folder) / paths[-1], frames, FPS // EVERY, crf=28, g=1000)
     return paths
 
-# %% ../../nbs/evaluation/680_rollout.ipynb #977b75bd
+# %% ../../nbs/evaluation/680_rollout.ipynb #67df8834
 @dataclass(frozen=True)
 class PolicyPath:
     "Which policy."
@@ -167,15 +171,17 @@ class Options:
     clips: int = 0         # film the first so many episodes of each task
     output: str = ""       # rollout.json to write; clips go beside it
 
+# %% ../../nbs/evaluation/680_rollout.ipynb #e37bc1a3
 def main(
     argv: list[str],  # command-line words after `eval rollout`
 ) -> int:             # exit status
-    "Success in the simulator: `vla-nb eval rollout --policy.path=RUN --tasks=drawer-open-v3,door-open-v3 --output=RUN/eval/rollout.json`."
+    "Success in the simulator: `vla-nb eval rollout --policy.path=RUN --tasks=drawer-open-v3 --output=rollout.json`."
     import torch
     from vla_nb.policies.store import load_policy
     options = apply_flags(Options(), parse_flags(argv))
     tasks = [t for t in options.tasks.split(",") if t]
-    if not options.policy.path or not tasks: raise UserError("vla-nb eval rollout needs --policy.path=RUN and --tasks=NAME,NAME.")
+    if not options.policy.path or not tasks:
+        raise UserError("vla-nb eval rollout needs --policy.path=RUN and --tasks=NAME,NAME.")
     device = options.policy.device or settings().device
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(settings().threads)
@@ -187,5 +193,7 @@ def main(
     if options.output:
         if clips: found["clips"] = save_clips(clips, Path(options.output).parent)
         write_json(options.output, found)
-    for task, r in found["task"].items(): print(f"{task}: {r['k']} of {r['n']} ({100 * r['wilson'][0]:.0f}–{100 * r['wilson'][1]:.0f} %)")
+    for task, r in found["task"].items():
+        low, high = r["wilson"]
+        print(f"{task}: {r['k']} of {r['n']} solved (95 %: {100 * low:.0f} to {100 * high:.0f} %)")
     return 0

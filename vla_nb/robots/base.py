@@ -44,7 +44,7 @@ class Teleoperator(Device, Protocol):
 class Camera(Device, Protocol):
     "Something that gives pictures, uint8 [H, W, 3]."
     def read(self) -> np.ndarray: "Wait for the next picture."
-    def async_read(self, timeout_ms: float) -> np.ndarray: "The newest picture; waits at most so long for an unseen one."
+    def async_read(self, timeout_ms: float) -> np.ndarray: "The next picture; waits at most so long for it."
     def read_latest(self, max_age_ms: float) -> np.ndarray: "The newest picture, an error when it is older than that."
 
 # %% ../../nbs/robots/700_base.ipynb #c0be9bc7

@@ -250,7 +250,7 @@ def build_run(
     loop = LoopConfig(mixed_precision=precision, **{k: getattr(config, k) for k in SHARED})
     run = TrainRun(policy, config.optimizer, loop, batches_from(mixture, policy.preprocessor, workers), out, hooks,
                    to_dict(config), heldout(config, meta, shape), pick_device(config.device or place.device),
-                   lambda first: {"seed": config.seed, "sources": [len(d) for d in mixture.datasets]})
+                   lambda first: {"seed": config.seed, "sources": [len(d) for d in mixture.datasets]}, place.tracker)
     facts = provenance(config, argv, meta)
     if config.resume: same_data(out, facts)
     if checkpoint: run.load(checkpoint)

@@ -61,18 +61,23 @@ class Routed(nn.Module):
 def make_accelerator(
     device: str = "cpu",          # cpu | cuda
     mixed_precision: str = "no",  # no | bf16 | fp16
+    tracker: str = "none",        # none | tensorboard | wandb, beside the local files
+    out_dir=None,                 # where tensorboard writes
 ):                                # accelerate.Accelerator
     "Join the processes that torchrun or `accelerate launch` started; one process is the ordinary case."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, utils
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
     cpu = torch.device(device).type == "cpu"
     if not cpu and not torch.cuda.is_available():
         raise UserError(f"device is {device!r} but torch sees no CUDA device; use --device=cpu or repair the driver.")
     if cpu and mixed_precision == "fp16": raise UserError("fp16 needs a GPU; use --mixed_precision=bf16 or no.")
+    if tracker != "none" and not getattr(utils, f"is_{tracker}_available")():
+        raise UserError(f"the tracker is {tracker!r}, but that package is not installed; `pip install {tracker}`, or set "
+                        "tracker = none in settings.ini (metrics.jsonl is written anyway).")
     AcceleratorState._reset_state()   # an earlier run of this process may have had another precision
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision,
-                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, project_dir=out_dir,
+                              log_with=None if tracker == "none" else tracker,
+                              kwargs_handlers=[utils.DistributedDataParallelKwargs(find_unused_parameters=True)])
     wanted = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != wanted:
         raise UserError(f"{wanted} processes were started but {accelerator.num_processes} joined; start them with "
@@ -94,11 +99,12 @@ class TrainRun:
         evaluate=None,            # called with the run every eval_freq steps -> metrics
         device: str = "cpu",      # cpu | cuda
         sampler_state=None,       # first micro-batch -> JSON written to sampler.json
+        tracker: str = "none",    # none | tensorboard | wandb, beside the local files
     ):
         self.policy, self.optim, self.loop, self.batches, self.hooks = policy, optim, loop, batches, list(hooks)
         self.out_dir, self.config, self.evaluate = Path(out_dir), config or {}, evaluate
         self.sampler_state = sampler_state or (lambda first: {})
-        self.accelerator = make_accelerator(device, loop.mixed_precision)
+        self.accelerator = make_accelerator(device, loop.mixed_precision, tracker, out_dir)
         self.optimizer = make_optimizer(policy.to(self.accelerator.device), optim)
         self.model = self.accelerator.prepare(Routed(policy))
         self.params = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
@@ -353,6 +359,8 @@ def record(self: TrainRun,
     "Append the step to metrics.jsonl, print the log line when it is due."
     row = jsonable({"step": self.step, **metrics})
     progress.update(1)
+    numbers = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+    self.accelerator.log(numbers, step=self.step)         # a tracker, if there is one
     if not self.main: return
     try: append_jsonl(self.out_dir / "metrics.jsonl", row)
     except OSError as e:
@@ -412,6 +420,7 @@ def prepare(self: TrainRun):
     "Folder, random numbers and hooks before the first step; a resumed run then takes its random numbers back."
     self.out_dir.mkdir(parents=True, exist_ok=True)
     if self.main: tidy_checkpoints(self.out_dir)
+    if self.accelerator.log_with: self.accelerator.init_trackers(self.out_dir.name)
     seed_everything(self.seed + self.rank)
     self.policy.train()
     for hook in self.hooks: hook.on_start(self)
@@ -453,6 +462,7 @@ def save_due(self: TrainRun) -> bool:
 def finish(self: TrainRun):
     "Let the hooks end and write summary.json; a hook that has a `summary()` is asked for it."
     for hook in self.hooks: hook.on_end(self)
+    for tracker in self.accelerator.trackers: tracker.finish()
     if not self.main: return
     hooks = {hook.name: hook.summary() if hasattr(hook, "summary") else {} for hook in self.hooks}
     losses = [row["loss"] for row in read_jsonl(self.out_dir / "metrics.jsonl") if row["loss"] is not None]
