@@ -26,7 +26,8 @@ from vla_nb.training.memory import peak_tensor_bytes
 from vla_nb.training.optim import OptimConfig
 
 CAMERAS = ("observation.images.corner", "observation.images.top")
-SIZES = {"tiny": (dict(), 48), "50M": (dict(width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=8, head_dim=64), 8)}
+SIZES = {"tiny": (dict(), 48),  # name -> (changes to the tiny policy, batch size)
+         "50M": (dict(width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=8, head_dim=64), 8)}
 TARGETS = {"equal": 2.1, "half": 1.6, "memory": 1.05, "select_action": 1.05}
 WARM_UP = 3  # steps that are not timed; the loop measures its own peak in the second
 
@@ -49,7 +50,8 @@ def raw_batch(n, seed, questions):
     g = torch.Generator().manual_seed(seed)
     asked = [i >= n - questions for i in range(n)]
     return {**{c: torch.randint(0, 256, (n, 3, 64, 64), generator=g, dtype=torch.uint8) for c in CAMERAS},
-            "observation.state": torch.randn(n, 4, generator=g), "action": (torch.randn(n, 8, 4, generator=g) * 0.1).cumsum(1),
+            "observation.state": torch.randn(n, 4, generator=g),
+            "action": (torch.randn(n, 8, 4, generator=g) * 0.1).cumsum(1),
             "task": ["Is the door open or closed?" if q else "press the button" for q in asked],
             "answer": ["open" if q else None for q in asked]}
 
@@ -67,8 +69,10 @@ def anchors(policy, out, n=192):
 def make_run(sizes, batch, out, cache=None, anchor_batch=0):
     "A training run, ready for its first step; CRaFT when a cache is given."
     policy = make_policy(sizes)
-    hooks = [] if cache is None else [CraftHook(CraftConfig(enabled=True, retention_mode="token_kl", anchor_batch_size=anchor_batch,
-                                                            anchor_cache_dir=str(cache.path), layer_cosine_freq=0))]
+    hooks = []
+    if cache is not None:
+        hooks = [CraftHook(CraftConfig(enabled=True, retention_mode="token_kl", anchor_batch_size=anchor_batch,
+                                       anchor_cache_dir=str(cache.path), layer_cosine_freq=0))]
     batches = [policy.preprocessor(raw_batch(batch, 1000 + i, batch // 2)) for i in range(4)]
     def stream(start):
         while True: yield from batches
@@ -95,7 +99,9 @@ def interleaved(functions, n):
     return seconds
 
 
-def spread(values): return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+def spread(values):
+    "Median and range."
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def peak_over_gradient(runs):
@@ -126,14 +132,16 @@ def decoding(policy, n):
         return policy.select_action(b)
     interleaved({"a": lambda: timed(select), "b": lambda: timed(policy.predict_action_chunk)}, 3)
     found = interleaved({"select": lambda: timed(select), "bare": lambda: timed(policy.predict_action_chunk)}, n)
-    return {**{k: spread(v) for k, v in found.items()}, "ratio": statistics.median(found["select"]) / statistics.median(found["bare"])}
+    ratio = statistics.median(found["select"]) / statistics.median(found["bare"])
+    return {**{k: spread(v) for k, v in found.items()}, "ratio": ratio}
 
 
 def measure(name, steps, folder):
     "All figures of one size."
     sizes, batch = SIZES[name]
     cache = anchors(make_policy(sizes), folder / "anchors")
-    runs = {"sft": make_run(sizes, batch, folder / "sft"), "equal": make_run(sizes, batch, folder / "equal", cache, batch),
+    runs = {"sft": make_run(sizes, batch, folder / "sft"),
+            "equal": make_run(sizes, batch, folder / "equal", cache, batch),
             "half": make_run(sizes, batch, folder / "half", cache, batch // 2)}
     timed = {n: (lambda r=r: step_seconds(r)) for n, r in runs.items()}
     interleaved(timed, WARM_UP)
@@ -148,9 +156,10 @@ def measure(name, steps, folder):
 
 def verdicts(found):
     "Each figure beside its target."
+    extra = found["memory"]["extra_over_gradient"]
     rows = {"equal batches: CRaFT / SFT step": (found["ratio"]["equal"], TARGETS["equal"]),
             "half the anchors: CRaFT / SFT step": (found["ratio"]["half"], TARGETS["half"]),
-            "extra peak / gradient, equal batches": (found["memory"]["extra_over_gradient"]["equal"], TARGETS["memory"]),
+            "extra peak / gradient, equal batches": (extra["equal"], TARGETS["memory"]),
             "select_action / bare decode": (found["select_action"]["ratio"], TARGETS["select_action"])}
     return {k: {"value": v, "target": t, "met": v <= t} for k, (v, t) in rows.items()}
 
@@ -160,7 +169,8 @@ def main(argv=None):
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     steps, threads = int(flags.get("steps", 50)), int(flags.get("threads", 2))
     torch.set_num_threads(threads)
-    report = {"steps": steps, "threads": threads, "torch": torch.__version__, "machine": platform.machine(), "sizes": {}}
+    report = {"steps": steps, "threads": threads, "torch": torch.__version__, "machine": platform.machine(),
+              "sizes": {}}
     for name in [flags["only"]] if "only" in flags else SIZES:
         with tempfile.TemporaryDirectory() as d: found = measure(name, steps, Path(d))
         report["sizes"][name] = found | {"verdicts": verdicts(found)}

@@ -97,7 +97,8 @@ def test_projection_is_orthogonal_and_one_copy_is_exact(seed):
     free = [t - c * r for t, r in zip(gt, gr)]
     assert abs(gradient_dots(free, gr).cos) < 1e-5
     expected = [f + 0.7 * r for f, r in zip(free, gr)]
-    for a, b in zip(merge_([t.clone() for t in gt], [r.clone() for r in gr], merge_factors("weighted", 0.7, c)), expected):
+    got = merge_([t.clone() for t in gt], [r.clone() for r in gr], merge_factors("weighted", 0.7, c))
+    for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -118,7 +119,8 @@ def test_lambda_bounds():
 
 def test_missing_gradients():
     got = merge_([None, T([1.]), None], [T([2.]), None, None], merge_factors("weighted", 3.0, -1.0))
-    assert [g if g is None else g.item() for g in got] == [8.0, 1.0, None]   # a missing g_t is zero, a missing g_r changes nothing
+    # a missing g_t counts as zero, a missing g_r changes nothing
+    assert [g if g is None else g.item() for g in got] == [8.0, 1.0, None]
     assert merge_([T([1.])], [None], merge_factors("equal", 3.0, 0.0))[0].item() == 1.0
     assert gradient_dots([None, T([2.])], [T([5.]), T([1.])]) == Dots(2.0, 4.0, 26.0)
 
@@ -175,16 +177,18 @@ def test_anchor_order_covers_everything_and_splits_over_processes():
 
 # settings
 
-@pytest.mark.parametrize("bad", [dict(enabled=True), dict(retention_freq=0), dict(initial_lambda=-1.0), dict(lambda_max=0.0),
-                                 dict(epsilon_start=0.1, epsilon_end=0.2), dict(retention_mode="token"), dict(pooling="max"),
-                                 dict(projection_mode="sum"), dict(loss="l1"), dict(epsilon_schedule="step"),
-                                 dict(enabled=True, anchor_cache_dir="x", epsilon="auto")])
+@pytest.mark.parametrize("bad", [
+    dict(enabled=True), dict(retention_freq=0), dict(initial_lambda=-1.0), dict(lambda_max=0.0),
+    dict(epsilon_start=0.1, epsilon_end=0.2), dict(retention_mode="token"), dict(pooling="max"),
+    dict(projection_mode="sum"), dict(loss="l1"), dict(epsilon_schedule="step"),
+    dict(enabled=True, anchor_cache_dir="x", epsilon="auto")])
 def test_bad_settings(bad):
     with pytest.raises(ValueError): CraftConfig(**bad)
 
 
 def test_flags_reach_the_settings_and_unknown_ones_raise():
-    cfg = craft_config({"preset": "guide", "enabled": "true", "anchor-cache-dir": "c", "lambda_lr": "0.001", "hidden_layer": "-2"})
+    cfg = craft_config({"preset": "guide", "enabled": "true", "anchor-cache-dir": "c", "lambda_lr": "0.001",
+                        "hidden_layer": "-2"})
     assert (cfg.enabled, cfg.lambda_lr, cfg.epsilon_start, cfg.epsilon_end) == (True, 0.001, 1.0, 0.1)
     assert (cfg.anchor_batch_size, cfg.conflict_threshold, cfg.pooling) == (8, -0.1, "mean_image_tokens")
     with pytest.raises(UserError, match="epsilon_anneal_steps"): craft_config({"epsilon_anneal_steps": "100"})
@@ -193,7 +197,8 @@ def test_flags_reach_the_settings_and_unknown_ones_raise():
 def test_epsilon_from_a_pilot(tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval/retention.json").write_text('{"token_kl": 0.4, "hidden": 0.0}')
-    cfg = CraftConfig(enabled=True, anchor_cache_dir="x", retention_mode="token_kl", epsilon="auto", pilot=str(tmp_path))
+    cfg = CraftConfig(enabled=True, anchor_cache_dir="x", retention_mode="token_kl", epsilon="auto",
+                      pilot=str(tmp_path))
     control = Controller(cfg, 100)
     assert [control.epsilon(s) for s in (0, 99)] == pytest.approx([0.08, 0.08])
     for mode, word in (("hidden", "no drift"), ("token_ce", "no value")):
@@ -203,14 +208,15 @@ def test_epsilon_from_a_pilot(tmp_path):
 # caches that are missing, damaged or made for something else
 
 def test_missing_directory_and_close_ones(token):
-    with pytest.raises(FileNotFoundError, match="AnchorCache directory not found") as e: AnchorCache(token.path.parent / "tokens")
+    with pytest.raises(FileNotFoundError, match="AnchorCache directory not found") as e:
+        AnchorCache(token.path.parent / "tokens")
     assert str(token.path) in str(e.value) and "vla-nb anchors build" in str(e.value)
 
 
 @pytest.mark.parametrize("how, message", [
     (lambda d: (d / "manifest.json").unlink(), "metadata not found"),
     (lambda d: (d / "shard-00001.safetensors").unlink(), "shard 1 not found"),
-    (lambda d: (d / "shard-00000.safetensors").write_bytes((d / "shard-00000.safetensors").read_bytes()[:-99]), "shard 0 is damaged"),
+    (lambda d: cut(d / "shard-00000.safetensors"), "shard 0 is damaged"),
     (lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text()[:200]), "not valid JSON"),
     (lambda d: change(d, num_anchors=7), "manifest 7"),
     (lambda d: change(d, schema_version=1), "schema 1"),
@@ -219,6 +225,9 @@ def test_damaged_cache(token, tmp_path, how, message):
     shutil.copytree(token.path, tmp_path / "bad")
     how(tmp_path / "bad")
     with pytest.raises(UserError, match=message): AnchorCache(tmp_path / "bad").verify()
+
+
+def cut(file): file.write_bytes(file.read_bytes()[:-99])
 
 
 def change(folder, **entries):
@@ -238,14 +247,27 @@ def spoil(folder):
     change(folder, shards=manifest["shards"])
 
 
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    code = ("import resource, sys, torch; from pathlib import Path; from craft_ranks import make_cache; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); make_cache(Path(sys.argv[1]), 'token')")
+    out = tmp_path / "full"
+    done = subprocess.run([sys.executable, "-c", code, str(out)], env=ENV, cwd=SCRIPT.parent, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode and "could not be written" in done.stderr and not out.exists()
+    assert not list((tmp_path / ".full.partial").glob("*shard*"))
+    assert len(make_cache(out, "token")) == 24   # the same build continues
+
+
 def test_mismatches(token, hidden):
     policy = teacher()
     ok = CraftConfig(retention_mode="hidden", hidden_layer=-1, pooling="every_token")
     check_cache(hidden, policy, ok)
-    with pytest.raises(ValueError, match="needs a hidden feature cache, but .* without target_features"): check_cache(token, policy, ok)
-    with pytest.raises(ValueError, match="token cache.*labels.*--mode=token"): check_cache(hidden, policy, CraftConfig(retention_mode="token_ce"))
-    with pytest.raises(ValueError, match="pooling differs"): check_cache(hidden, policy, CraftConfig(pooling="last_token"))
-    with pytest.raises(ValueError, match="hidden_layer differs"): check_cache(hidden, policy, CraftConfig(hidden_layer=0))
+    for cache, message, settings in (
+            (token, "needs a hidden feature cache, but .* without target_features", {}),
+            (hidden, "token cache.*labels.*--mode=token", dict(retention_mode="token_ce")),
+            (hidden, "pooling differs", dict(pooling="last_token")),
+            (hidden, "hidden_layer differs", dict(hidden_layer=0))):
+        with pytest.raises(ValueError, match=message): check_cache(cache, policy, CraftConfig(**settings))
     with pytest.raises(ValueError, match="3 hidden states"): resolve_layer(9, policy.num_hidden_states)
     policy.preprocessor.steps.pop(0)
     with pytest.raises(ValueError, match="preprocessor"): check_cache(hidden, policy, ok)
@@ -263,7 +285,8 @@ def test_other_weights_fail_the_self_check(tmp_path, token):
     manifest = AnchorCache(token.path).manifest
     from vla_nb.craft.hook import self_check
     drift = measure_retention(FakePolicy.from_pretrained(tmp_path / "other"), token)["token_kl"]
-    with pytest.raises(ValueError, match="self-check failed"): self_check(drift, manifest, CraftConfig(retention_mode="token_kl"))
+    with pytest.raises(ValueError, match="self-check failed"):
+        self_check(drift, manifest, CraftConfig(retention_mode="token_kl"))
 
 
 # what broke the published code
@@ -272,7 +295,9 @@ def test_builder_needs_only_the_adapter(tmp_path):
     class Adapter(torch.nn.Module):
         "Nothing but the retention adapter."
         name, has_lm = "fake", True
-        def __init__(self): super().__init__(); self.inner = [teacher().eval()]; self.weight = torch.nn.Parameter(torch.zeros(1))
+        def __init__(self):
+            super().__init__()
+            self.inner, self.weight = [teacher().eval()], torch.nn.Parameter(torch.zeros(1))
         num_hidden_states = property(lambda self: self.inner[0].num_hidden_states)
         hidden_dim = property(lambda self: self.inner[0].hidden_dim)
         def features(self, batch, layer): return self.inner[0].features(batch, layer)
@@ -280,8 +305,8 @@ def test_builder_needs_only_the_adapter(tmp_path):
         def token_logits(self, batch): return self.inner[0].token_logits(batch)
     for mode in ("token", "hidden"):
         batch = teacher().preprocessor({k: v for k, v in fake_batch(4).items() if k != "action"})
-        cache = build_cache(tmp_path / mode, lambda start: [(batch, [{"kind": "frame", "index": i} for i in range(4)])], Adapter(), mode)
-        assert len(cache) == 4
+        rows = [{"kind": "frame", "index": i} for i in range(4)]
+        assert len(build_cache(tmp_path / mode, lambda start: [(batch, rows)], Adapter(), mode)) == 4
 
 
 def test_anchor_batches_are_tensors_the_policy_can_read_and_learn_from(token, hidden):
@@ -305,13 +330,15 @@ def test_targets_are_the_teachers_answers_not_the_labels(token):
 
 def test_text_only_masks_are_refused():
     h, text = torch.randn(2, 6, 3), torch.ones(2, 4).bool()
-    with pytest.raises(ValueError, match="image and text"): pool(h, {"image": text, "valid": text, "last": T([3, 3])}, "mean_masked")
+    with pytest.raises(ValueError, match="image and text"):
+        pool(h, {"image": text, "valid": text, "last": T([3, 3])}, "mean_masked")
 
 
 def test_public_caches_import_with_either_count_name(tmp_path):
     policy, ids = teacher(), torch.randint(4, 40, (2, 5))
     base = {"pixel_values": torch.zeros(2, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones(2, 5).long()}
-    for i, (name, extra) in enumerate([("num_samples", {"labels": torch.cat([torch.full((2, 3), -100), ids[:, 3:]], 1)}),
+    labels = torch.cat([torch.full((2, 3), -100), ids[:, 3:]], 1)
+    for i, (name, extra) in enumerate([("num_samples", {"labels": labels}),
                                        ("num_anchors", {"target_features": torch.randn(2, 16).half()})]):
         source = tmp_path / f"public{i}"
         source.mkdir()
@@ -319,7 +346,8 @@ def test_public_caches_import_with_either_count_name(tmp_path):
         (source / "metadata.json").write_text(json.dumps({name: 2, "hidden_layer": -2, "pooling": "mean_masked"}))
         assert len(import_lineage_a(source, tmp_path / f"ours{i}", policy)) == 2
     torch.save(base | {"teacher_hidden": torch.zeros(2, 2, 2, 16)}, tmp_path / "public0/shard_0.pt")
-    with pytest.raises(ValueError, match="teacher_hidden"): import_lineage_a(tmp_path / "public0", tmp_path / "x", policy)
+    with pytest.raises(ValueError, match="teacher_hidden"):
+        import_lineage_a(tmp_path / "public0", tmp_path / "x", policy)
 
 
 def test_pickled_code_is_refused(tmp_path):
@@ -328,11 +356,15 @@ def test_pickled_code_is_refused(tmp_path):
     (tmp_path / "public").mkdir()
     torch.save({"input_ids": Evil()}, tmp_path / "public/shard_0.pt")
     (tmp_path / "public/metadata.json").write_text('{"num_samples": 1}')
-    with pytest.raises(ValueError, match="not a plain tensor file"): import_lineage_a(tmp_path / "public", tmp_path / "x", teacher())
+    with pytest.raises(ValueError, match="not a plain tensor file"):
+        import_lineage_a(tmp_path / "public", tmp_path / "x", teacher())
     assert not (tmp_path / "ran").exists()
 
 
 # the loop
+
+def weights(out): return load_file(last_checkpoint(out) / "pretrained_model/model.safetensors")
+
 
 def history(out): return list(csv.reader(open(out / "lambda_history.csv")))
 
@@ -348,12 +380,13 @@ def test_cadence_counts_retention_steps(tmp_path, token):
 
 @pytest.mark.parametrize("mode", ["token_ce", "token_kl", "hidden"])
 def test_resume_gives_the_same_lambda_trace_and_weights(tmp_path, token, hidden, mode):
-    cache, options = (hidden if mode == "hidden" else token).path, dict(retention_mode=mode, steps=8, save_freq=4, optimizer="adamw", lr=0.01)
+    cache = (hidden if mode == "hidden" else token).path
+    options = dict(retention_mode=mode, steps=8, save_freq=4, optimizer="adamw", lr=0.01)
     train(tmp_path / "straight", cache, **options)
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed", symlinks=True)
     train(tmp_path / "resumed", cache, resume=tmp_path / "resumed/checkpoints/000004", **options)
     assert history(tmp_path / "straight") == history(tmp_path / "resumed") and len(history(tmp_path / "straight")) == 9
-    a, b = (load_file(last_checkpoint(tmp_path / n) / "pretrained_model/model.safetensors") for n in ("straight", "resumed"))
+    a, b = (weights(tmp_path / n) for n in ("straight", "resumed"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(ValueError, match="lambda_lr"):
         train(tmp_path / "resumed", cache, resume=tmp_path / "resumed/checkpoints/000004", lambda_lr=7.0, **options)
@@ -376,7 +409,7 @@ def test_two_processes_equal_one(tmp_path, token, hidden, mode):
         assert b["L_ret"] == pytest.approx(a["L_ret"], rel=1e-4, abs=1e-6)   # a small difference of large logarithms
         for key in ("dot", "cos", "norm_task", "norm_retain"):   # later steps add what float32 weights have drifted
             assert b[key] == pytest.approx(a[key], rel=1e-4 if i else 1e-5), (i, key)
-    a, b = (load_file(last_checkpoint(tmp_path / n) / "pretrained_model/model.safetensors") for n in "12")
+    a, b = (weights(tmp_path / n) for n in "12")
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .. import __version__
 from ..core.files import atomic_write, hash_json, read_json, sha256_file, write_json
@@ -126,11 +126,11 @@ def write_shard(
     "Write one shard atomically."
     name = f"shard-{number:05d}.safetensors"
     data = {k: pad_cat([p[k] for p in parts]).contiguous() for k in parts[0]}
-    temporary = folder / f".{name}.tmp"
     try:
-        save_file(data, temporary)
-        os.replace(temporary, folder / name)
-    finally: temporary.unlink(missing_ok=True)
+        with atomic_write(folder / name) as f: f.write(save(data))
+    except OSError as e:
+        raise CraftError(f"{folder / name} could not be written ({e.strerror}); free space there and run the same "
+                         "command again, it continues with this shard") from e
     count = len(next(iter(data.values())))
     return {"file": name, "count": count, "bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
 

@@ -315,23 +315,33 @@ class LeRobotDataset(torch.utils.data.Dataset):
             raise UserError(f"episodes lists a number twice: {self.episodes}")
         self.image_transforms, self.return_uint8 = image_transforms, return_uint8
         self.offsets = frame_offsets(delta_timestamps or {}, self.meta.fps, list(self.meta.features), tolerance_s)
-        self.columns = self.meta.read_columns(self.episodes)
-        rows = [self.meta.episodes[e] for e in self.episodes]
-        self._starts = np.cumsum([0] + [e["length"] for e in rows])  # first local row of each kept episode, and the end
-        self._from = np.array([e["dataset_from_index"] for e in rows])
-        self._address = {k: self._addresses(k) for k in self.meta.camera_keys}
+        self._load()
         self.frame_cache = None
         if frame_cache is not None: self.__dict__ |= self.with_frame_cache(frame_cache).__dict__
 
     def __len__(self): return int(self._starts[-1])
-    @property
-    def num_frames(self): return len(self)
-    @property
-    def num_episodes(self): return len(self.episodes)
-    @property
-    def fps(self): return self.meta.fps
-    @property
-    def features(self): return self.meta.features
+
+# %% ../../nbs/datasets/110_lerobot.ipynb #aaffe532
+@patch
+def _load(self: LeRobotDataset):
+    "Read the columns and remember where each kept episode begins."
+    self.columns = self.meta.read_columns(self.episodes)
+    kept = [self.meta.episodes[e] for e in self.episodes]
+    self._starts = np.cumsum([0] + [e["length"] for e in kept])  # first local row of each kept episode, and the end
+    self._from = np.array([e["dataset_from_index"] for e in kept])
+    self._address = {k: self._addresses(k) for k in self.meta.camera_keys}
+
+@patch(as_prop=True)
+def num_frames(self: LeRobotDataset): return len(self)
+
+@patch(as_prop=True)
+def num_episodes(self: LeRobotDataset): return len(self.episodes)
+
+@patch(as_prop=True)
+def fps(self: LeRobotDataset): return self.meta.fps
+
+@patch(as_prop=True)
+def features(self: LeRobotDataset): return self.meta.features
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #4b1b517e
 @patch

@@ -114,6 +114,7 @@ class VideoReader:
             self._file = av.open(str(path))
             self._stream = self._file.streams.video[0]
             self._stream.codec_context.thread_count = 1
+            self._stream.codec_context.options = {"err_detect": "explode"}  # an error instead of a patched-up picture
             self._ticks, self._keys = frame_table(self._file, self._stream)
         except (av.error.FFmpegError, IndexError) as e:
             raise UserError(f"cannot open video {path}: {e}; the file is truncated or not a video") from e
@@ -133,6 +134,7 @@ def _decode(self: VideoReader, i):
     for frame in self._frames:
         at = int(np.searchsorted(self._ticks, frame.pts))
         self._next = at + 1
+        if frame.is_corrupt: break
         if at == i: return self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
         if at > i: break
     self._next = -1

@@ -47,27 +47,28 @@ class DatasetWriter:
         self._setup(root, {"fps": int(fps), "robot_type": robot_type, "repo_id": repo_id, "vcodec": vcodec, "crf": crf,
                            "data_mb": data_mb, "video_mb": video_mb, "features": features})
 
-    @classmethod
-    def resume(cls,
-        root,  # folder with a dataset, a recording that was interrupted, or both
-        **options,  # vcodec, crf, data_mb, video_mb: as above
-    ):
-        "Continue a recording, or append to a finished dataset."
-        saved, self = Path(root) / JOURNAL / "writer.json", cls.__new__(cls)
-        if saved.is_file(): config = read_json(saved)
-        else:
-            info = read_info(root)
-            config = {"fps": info["fps"], "robot_type": info.get("robot_type"), "repo_id": None, "vcodec": "h264",
-                      "crf": None, "data_mb": info.get("data_files_size_in_mb", 100),
-                      "video_mb": info.get("video_files_size_in_mb", 200), "features": info["features"]}
-        unknown = [k for k in options if k not in ("vcodec", "crf", "data_mb", "video_mb")]
-        if unknown: raise UserError(f"resume takes vcodec, crf, data_mb, video_mb; not {', '.join(unknown)}")
-        self._setup(root, config | options)
-        return self
-
     @property
     def total_episodes(self): return self._committed + len(self._records)
     def __enter__(self): return self
+
+# %% ../../nbs/datasets/120_writer.ipynb #0b629a69
+@patch(cls_method=True)
+def resume(cls: DatasetWriter,
+    root,  # folder with a dataset, a recording that was interrupted, or both
+    **options,  # vcodec, crf, data_mb, video_mb: as above
+):
+    "Continue a recording, or append to a finished dataset."
+    saved, self = Path(root) / JOURNAL / "writer.json", cls.__new__(cls)
+    if saved.is_file(): config = read_json(saved)
+    else:
+        info = read_info(root)
+        config = {"fps": info["fps"], "robot_type": info.get("robot_type"), "repo_id": None, "vcodec": "h264",
+                  "crf": None, "data_mb": info.get("data_files_size_in_mb", 100),
+                  "video_mb": info.get("video_files_size_in_mb", 200), "features": info["features"]}
+    unknown = [k for k in options if k not in ("vcodec", "crf", "data_mb", "video_mb")]
+    if unknown: raise UserError(f"resume takes vcodec, crf, data_mb, video_mb; not {', '.join(unknown)}")
+    self._setup(root, config | options)
+    return self
 
 # %% ../../nbs/datasets/120_writer.ipynb #656505cb
 @patch

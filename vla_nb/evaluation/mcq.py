@@ -17,7 +17,6 @@ import torch
 from ..core.config import apply_flags, parse_flags
 from ..core.files import write_json
 from ..core.progress import bar
-from ..core.settings import settings
 from ..core.types import ANSWER, OBS_IMAGES, TASK, UserError
 from .stats import cluster_bootstrap, compare_paired
 from ..policies.store import load_policy
@@ -313,7 +312,7 @@ def main(
     if not paths[0]: raise UserError("Which policy? Give --policy.path=<policy or run folder>.")
     if not o.data_jsonl: raise UserError("Which questions? Give --data_jsonl=<file>.jsonl.")
     load_questions(o.data_jsonl, o.max_samples, check_images=not o.allow_failures)   # before a model is loaded
-    policies = (load_policy(p, device=o.device or settings().device) for p in paths if p)
+    policies = (load_policy(p, device=o.device) for p in paths if p)
     results = [evaluate_mcq(p, o.data_jsonl, o.max_samples, o.batch_size, o.pmi, o.end_token, o.allow_failures, o.seed)
                for p in policies]
     for path, r in zip(paths, results): print(f"{path}: {_percent(r)}")

@@ -17,7 +17,6 @@ import torch
 from ..core.config import apply_flags, parse_flags
 from ..core.files import write_json
 from ..core.progress import bar
-from ..core.settings import settings
 from ..core.types import ACTION, ACTION_PAD, UserError
 from ..datasets.lerobot import DatasetMetadata, LeRobotDataset
 from ..datasets.loader import collate
@@ -202,7 +201,7 @@ def main(
     if not path: raise UserError("Which policy? Give --policy.path=<policy or run folder>.")
     if not data: raise UserError("Which demonstrations? Give --dataset.root=<folder>.")
     held_out(DatasetMetadata(data), o.split, o.episodes)     # before a model is loaded
-    policy = load_policy(path, device=o.device or settings().device)
+    policy = load_policy(path, device=o.device)
     out = heldout_losses(policy, data, o.split, o.episodes, o.stride, o.batch_size, o.old, o.new, o.actions)
     for name, row in [*out["per_task"].items(), ("all", out["all"])]:
         errors = f", action MSE {row['mse']:.4g} ± {row['mse_std']:.2g} over {row['n']} frames" if "mse" in row else ""

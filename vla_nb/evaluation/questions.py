@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUARTERS', 'MARGIN', 'NEAR', 'FAR', 'LOW', 'HIGH', 'SHUT', 'WIDE', 'HAND', 'SPLITS', 'hand_answers', 'fixture_answer',
            'instruction', 'word_question', 'make_question', 'QuestionRecipe', 'layouts', 'plan', 'aim', 'pose_frame',
-           'pose_fixture', 'png_bytes', 'ask_layout', 'build', 'Options', 'main']
+           'pose_fixture', 'png_bytes', 'categories_of', 'ask_layout', 'ask_all', 'build', 'Options', 'main']
 
 # %% ../../nbs/evaluation/670_questions.ipynb #50673af9
 import io
@@ -99,7 +99,7 @@ class QuestionRecipe:
     train: int = 72
     dev: int = 15
     report: int = 20
-    per_layout: int = 4   # frames per layout
+    per_layout: int = 2   # frames per layout
     seed: int = 0
     size: int = 96        # side of the pictures, pixels
 
@@ -144,15 +144,16 @@ def pose_frame(
     env, frame: int, kept, rng,  # environment, frame number, snapshot of the layout, random generator
     state: str | None,           # what the fixture shall be
 ):                               # the simulator's truth
-    "Move the hand until the planned question can be asked and the fixture is as it shall be."
+    "Move the hand until the hand's question can be asked, with the planned answer if the scene leaves room for it."
     _, _, category, answer, _ = plan(env.task, frame)
-    for attempt in range(40):
+    for attempt in range(80):
         truth = env.truth()
         env.move_hand(aim(category, answer, truth["object"], rng))
         truth = env.truth()
+        found = hand_answers(truth)[category]
         if fixture_answer(truth) != state: env.restore(kept)
-        elif hand_answers(truth)[category] == answer: return truth
-    raise UserError(f"{env.task}: no pose with {category} = {answer} found in 40 attempts: use another --seed.")
+        elif found == answer or attempt >= 20 and found: return truth
+    raise UserError(f"{env.task}: no pose found in which {category} can be asked; use another --recipe.seed.")
 
 def pose_fixture(
     env, k: int, rng,  # environment at its start, number of the layout, random generator
@@ -174,7 +175,18 @@ def png_bytes(
     Image.fromarray(picture).save(out, "PNG")
     return out.getvalue()
 
-# %% ../../nbs/evaluation/670_questions.ipynb #873f9ab1
+# %% ../../nbs/evaluation/670_questions.ipynb #d2fc379c
+def categories_of(
+    kind: str, frame: int, truth: dict,
+    everything: bool,  # all categories that have an answer, or the two of `plan`
+) -> list[tuple]:      # (category, place of the right answer)
+    "What to ask about a frame."
+    scene, scene_place, hand, _, hand_place = plan(kind, frame)
+    if not everything: return [(scene, scene_place), (hand, hand_place)]
+    answers = {"object": kind, "instruction": kind, "fixture": fixture_answer(truth), **hand_answers(truth)}
+    return [(c, frame + i) for i, (c, answer) in enumerate(answers.items()) if answer is not None]
+
+# %% ../../nbs/evaluation/670_questions.ipynb #08c10f35
 def ask_layout(
     job: tuple,  # of `layouts`
 ) -> tuple:      # (rows of the JSONL file, {file name: PNG bytes})
@@ -188,39 +200,42 @@ def ask_layout(
     kept = env.snapshot()
     for frame in range(start, end):
         truth = pose_frame(env, frame, kept, rng, state)
-        scene, scene_place, hand, _, hand_place = plan(kind, frame)
         name, seen = f"{split}-{kind.removesuffix('-v3')}-{frame:03d}", env.observe()
         paths = {camera: f"images/{name}-{camera}.png" for camera in env.cameras}
         files |= {paths[camera]: png_bytes(seen[camera]) for camera in env.cameras}
-        about = {"scene": kind, "layout": k, "seed": seed, "split": split, "frame": name}
-        for category, place in ((scene, scene_place), (hand, hand_place)):
+        about = {"scene": kind, "layout": k, "seed": seed, "split": split, "frame": name,
+                 "cameras": list(env.cameras)}
+        for category, place in categories_of(kind, frame, truth, split == "train"):
             question = make_question(category, kind, truth, place, rng)
             rows.append({"id": f"{name}-{category}", "image_path": list(paths.values()), **question, **about})
     return rows, files
 
-# %% ../../nbs/evaluation/670_questions.ipynb #08c10f35
-def build(
-    folder,                   # folder to write; replaced when it exists
+# %% ../../nbs/evaluation/670_questions.ipynb #0a2b1cbf
+def ask_all(
+    root,                     # empty folder
     recipe: QuestionRecipe,
     workers: int = 2,         # processes that simulate and render; 0 = this one
-    extra: dict | None = None,  # further facts for recipe.json
 ) -> dict:                    # {"questions": {split: n}, "frames": {split: n}, "categories": {category: n}}
-    "Make all questions of a recipe."
+    "Fill a folder with all questions of a recipe."
     jobs, rows = layouts(recipe), {split: [] for split in SPLITS}
-    with atomic_dir(folder) as root, Workers(workers) as pool, bar(total=len(jobs), desc="questions") as progress:
-        (root / "images").mkdir()
+    (root / "images").mkdir()
+    with Workers(workers) as pool, bar(total=len(jobs), desc="questions") as progress:
         for (_, split, *_), (new, files) in zip(jobs, pool.map(ask_layout, jobs)):
             rows[split] += new
             for name, data in files.items(): (root / name).write_bytes(data)
             progress.update()
-        for split, lines in rows.items():
-            (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
-        categories = [q["category"] for r in rows.values() for q in r]
-        facts = {"questions": {s: len(r) for s, r in rows.items()},
-                 "frames": {s: len({q["frame"] for q in r}) for s, r in rows.items()},
-                 "categories": {c: categories.count(c) for c in ("object", "instruction", "fixture", *HAND)}}
-        write_json(root / "recipe.json", {"recipe": asdict(recipe), **facts, **(extra or {})})
+    for split, lines in rows.items():
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
+    categories = [q["category"] for r in rows.values() for q in r]
+    facts = {"questions": {s: len(r) for s, r in rows.items()},
+             "frames": {s: len({q["frame"] for q in r}) for s, r in rows.items()},
+             "categories": {c: categories.count(c) for c in ("object", "instruction", "fixture", *HAND)}}
+    write_json(root / "recipe.json", {"recipe": asdict(recipe), **facts})
     return facts
+
+def build(folder, recipe: QuestionRecipe, workers: int = 2) -> dict:
+    "Make a folder of questions, replacing one that exists; parameters and result of `ask_all`."
+    with atomic_dir(folder) as root: return ask_all(root, recipe, workers)
 
 # %% ../../nbs/evaluation/670_questions.ipynb #dd7e3666
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
     python make.py read       with lerobot 0.4.4 installed: writes <dataset>.safetensors, what LeRobot reads from each,
                               and written.mp4, the only file of written/ that depends on the encoder's version
 
-The peer environment (CPU): torch==2.13.0; then, without dependencies, lerobot==0.4.4 torchvision==0.28.0 torchcodec==0.13.0;
-then "datasets>=4,<5" "huggingface-hub>=0.34.2,<0.36" "av>=15,<16" "packaging<26" draccus==0.10.0 jsonlines einops
+The peer environment (CPU): torch==2.13.0; then, without dependencies, lerobot==0.4.4 torchvision==0.28.0
+torchcodec==0.13.0; then "datasets>=4,<5" "huggingface-hub>=0.34.2,<0.36" "av>=15,<16" "packaging<26"
+draccus==0.10.0 jsonlines einops
 "accelerate>=1.10" "diffusers<0.36" "gymnasium<2" "opencv-python-headless<4.13" "transformers<5" safetensors and FFmpeg.
 Pictures are kept as the 8-bit values that LeRobot divides by 255, every fourth row and column.
 """
@@ -35,9 +36,10 @@ def frames(episode):
     rng = np.random.default_rng(episode)
     v, u = np.mgrid[:64, :64]
     for i in range(LENGTHS[episode]):
-        top = np.stack([(3 * u + 9 * i) % 256, (2 * v + 40 * episode) % 256, (u + v + 5 * i) % 256], -1).astype(np.uint8)
-        yield {CAMERA: top, EYE: rng.integers(0, 256, (6, 8, 3), dtype=np.uint8),
-               "observation.state": rng.normal(size=3).astype(np.float32), "action": rng.normal(size=2).astype(np.float32),
+        top = np.stack([(3 * u + 9 * i) % 256, (2 * v + 40 * episode) % 256, (u + v + 5 * i) % 256], -1)
+        yield {CAMERA: top.astype(np.uint8), EYE: rng.integers(0, 256, (6, 8, 3), dtype=np.uint8),
+               "observation.state": rng.normal(size=3).astype(np.float32),
+               "action": rng.normal(size=2).astype(np.float32),
                "pose": rng.normal(size=(2, 2)).astype(np.float32), "next.done": np.array([i == LENGTHS[episode] - 1])}
 
 
