@@ -23,7 +23,7 @@ from ..core.manifest import Manifest, differences, load_manifest, manifest_names
 from ..core.settings import settings
 from ..core.types import UserError
 from ..envs.metaworld import FPS
-from ..evaluation.questions import QuestionRecipe, build
+from ..evaluation.questions import QuestionRecipe, ask_all
 
 # %% ../../nbs/apps/910_pull.ipynb #ab3981e9
 RECEIPT = "pull.json"  # written by the first pull, in meta/ of a LeRobot dataset and at the top of other folders
@@ -64,7 +64,7 @@ def make_demonstrations(
 # %% ../../nbs/apps/910_pull.ipynb #a569745e
 def make_questions(name: str, root: Path, recipe: dict, workers: int) -> dict:
     "Make multiple-choice questions; same arguments and result as `make_demonstrations`."
-    return build(root, from_dict(QuestionRecipe, recipe, where="source.recipe"), workers)
+    return ask_all(root, from_dict(QuestionRecipe, recipe, where="source.recipe"), workers)
 
 GENERATORS = {"demonstrations": make_demonstrations, "questions": make_questions}
 
@@ -129,9 +129,9 @@ def generate(
     manifest: Manifest,
     workers: int,        # processes
     repin: bool = False, # accept whatever comes out, to write it into the manifest
-) -> dict:               # facts
+) -> tuple:              # (facts, hash of the code that made them)
     "Make a dataset, check it, give it its receipt and put it in place."
-    root, source, started = manifest.path, manifest.source, time.time()
+    root, source, digest = manifest.path, manifest.source, source_hash(manifest.source["modules"])
     for stale in root.parent.glob(f".{root.name}.*.tmp"): shutil.rmtree(stale, ignore_errors=True)
     with atomic_dir(root) as folder:
         facts = GENERATORS[source["make"]](manifest.name, folder, source["recipe"], workers)
@@ -140,11 +140,11 @@ def generate(
             raise UserError(f"{manifest.name} came out otherwise than its manifest expects: {' '.join(wrong[:3])} "
                             "Nothing was kept; check that mujoco and metaworld have the versions of constraints.txt.")
         write_json(receipt_path(folder), {
-            "manifest": manifest.name, "recipe": source["recipe"], "sha256": source_hash(source["modules"]),
-            "seconds": round(time.time() - started, 1), "renderer": os.environ.get("MUJOCO_GL", "native"),
+            "manifest": manifest.name, "recipe": source["recipe"], "sha256": digest,
+            "renderer": os.environ.get("MUJOCO_GL", "native"),
             "versions": {name: version(name) for name in ("mujoco", "metaworld")},
             "facts": facts, "files": file_hashes(folder)})
-    return facts
+    return facts, digest
 
 # %% ../../nbs/apps/910_pull.ipynb #6f266217
 def toml_value(value) -> str:
@@ -196,10 +196,11 @@ def pull(
         else:
             if not options.update_manifest: check_generator(manifest)
             print(f"{name}: {manifest.title}; {source['about']} …", flush=True)
-            started, facts = time.time(), generate(manifest, options.workers, options.update_manifest)
+            started = time.time()
+            facts, digest = generate(manifest, options.workers, options.update_manifest)
             if options.update_manifest:
                 path = settings().root / "data_manifests" / f"{name}.toml"
-                text = pin(path.read_text(encoding="utf-8"), source_hash(source["modules"]), facts, manifest.expect)
+                text = pin(path.read_text(encoding="utf-8"), digest, facts, manifest.expect)
                 with atomic_write(path, "w") as f: f.write(text)
             print(f"{name}: written to {root} in {time.time() - started:.0f} s.", flush=True)
     for other in source.get("also", []): pull(other, options)

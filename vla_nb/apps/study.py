@@ -327,9 +327,10 @@ def run(self: Study, only: str | None = None) -> None:
         print(f"[{s.name}] {s.what}: {time_taken}", flush=True)
         self.run_stage(s)
         write_json(self.root/"study.json", self.describe())
-        if self.report and not done and s.name.startswith(("eval_", "clips", "questions")):
-            render(self.root, self.report/"index.html")
-            print(f"  report so far: {self.report/'index.html'}", flush=True)
+        shows = s.name.startswith(("data", "eval_")) and not s.name.startswith("eval_wise")
+        if self.report and (s is self.stages[-1] or shows and not done):
+            render(self.root, self.report / "index.html")
+            print(f"  report so far: {self.report / 'index.html'}", flush=True)
 
 @patch
 def upstream(self: Study, name: str) -> set:
@@ -338,7 +339,7 @@ def upstream(self: Study, name: str) -> set:
     return need | {u for n in need for u in self.upstream(n)}
 
 # %% ../../nbs/apps/960_study.ipynb #b8a79545
-def main(name: str,         # "demo": one seed, reports/demo; "headline": three seeds, reports/headline
+def main(name: str,         # "demo": one seed, reports/demo; "headline": three seeds, reports/headline; they share runs
          argv: list[str],   # --seed=, --only=STAGE, --<setting>=
          ) -> int:
     "`vla-nb experiment run demo|headline`."
@@ -349,7 +350,7 @@ def main(name: str,         # "demo": one seed, reports/demo; "headline": three 
     t, roots = time.time(), []
     for k in seeds:
         report = Path(s.reports) / "demo" if name == "demo" else None
-        study = Study(dataclasses.replace(c, seed=k), Path(s.outputs) / name / f"seed{k}", report)
+        study = Study(dataclasses.replace(c, seed=k), Path(s.outputs) / "demo" / f"seed{k}", report)
         if only and only not in study.by_name:
             raise UserError(f"no stage named {only!r} in the study; its stages are {', '.join(study.by_name)}.")
         try: study.run(only)

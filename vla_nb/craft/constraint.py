@@ -59,7 +59,7 @@ class CraftConfig(DualConfig):
     retention_mode: str = "hidden"  # drift measure: token_ce | token_kl | hidden
     anchor_cache_dir: str = ""  # folder made by `vla-nb anchors build`
     anchor_batch_size: int = 16  # anchors per process and retention step
-    anchor_parts: int = 2  # passes the anchor batch is cut into; 2 keeps the peak memory at the task's
+    anchor_parts: int = 0  # passes the anchor batch is cut into; 0 = whatever needs the least memory, 1 or 2
     retention_freq: int = 1  # K: anchors enter when step % K == 0
     use_grad_projection: bool = True  # False is the same as projection=none
     projection: str = "task"  # task = take the conflicting part out of the task gradient | none
@@ -90,7 +90,7 @@ def check_config(
             raise CraftError(f"craft.{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
     rules = [(cfg.retention_freq > 0, "retention_freq", "at least 1"),
              (cfg.anchor_batch_size > 0, "anchor_batch_size", "at least 1"),
-             (cfg.anchor_parts > 0, "anchor_parts", "at least 1"),
+             (cfg.anchor_parts >= 0, "anchor_parts", "0 or more"),
              (cfg.initial_lambda >= 0, "initial_lambda", "0 or more"),
              (cfg.lambda_lr >= 0, "lambda_lr", "0 or more"),
              (cfg.lambda_max > 0, "lambda_max", "above 0"),

@@ -19,23 +19,23 @@ class ConvStem(nn.Module):
         width: int,                      # channels of the last convolution = width of a token
         image_size: int = 64,            # side in pixels, a multiple of 16
         cameras: int = 2,                # number of cameras, each with its own position vectors
-        channels: tuple = (32, 64, 96),  # channels of the first three convolutions, multiples of 8
+        channels: tuple = (32, 64, 96),  # channels of the first three convolutions
     ):
         super().__init__()
         if image_size % 16:
             raise UserError(f"the conv stem divides the picture by 16: image_size {image_size} is not a multiple of 16")
         sizes = (3, *channels, width)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in sizes[1:])
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
         self.tokens, self.width = (image_size // 16) ** 2, width
-        self.position = nn.Parameter(torch.randn(cameras * self.tokens, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(cameras * self.tokens, width) * 0.5)
 
     def forward(self, images: torch.Tensor # [B, cameras, 3, H, W] in [−1, 1]
     ) -> torch.Tensor:                        # [B, cameras·tokens, width]
         x = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = conv(x)
-            x = norm(F.relu_(x) if i < 3 else x)
+        for i, conv in enumerate(self.convs): x = conv(F.gelu(x) if i else x)
         return x.permute(0, 2, 3, 1).reshape(images.shape[0], -1, self.width) + self.position
 
 # %% ../../nbs/networks/310_vision.ipynb #a108ddba
