@@ -556,6 +556,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'vla_nb.craft.hook._training': ('craft/hook.html#_training', 'vla_nb/craft/hook.py'),
                                    'vla_nb.craft.hook._violation': ('craft/hook.html#_violation', 'vla_nb/craft/hook.py'),
                                    'vla_nb.craft.hook._window_rates': ('craft/hook.html#_window_rates', 'vla_nb/craft/hook.py'),
+                                   'vla_nb.craft.hook.choose_parts': ('craft/hook.html#choose_parts', 'vla_nb/craft/hook.py'),
                                    'vla_nb.craft.hook.diagnose': ('craft/hook.html#diagnose', 'vla_nb/craft/hook.py'),
                                    'vla_nb.craft.hook.evaluation_mode': ('craft/hook.html#evaluation_mode', 'vla_nb/craft/hook.py'),
                                    'vla_nb.craft.hook.finding': ('craft/hook.html#finding', 'vla_nb/craft/hook.py'),

@@ -32,9 +32,9 @@ class StudyConfig:
     base_steps: int = 1400    # optimizer steps of θ0
     base_lr: float = 1.5e-3   # peak learning rate of θ0
     base_warmup: int = 50     # warm-up steps of θ0
-    base_questions: float = 0.5  # share of θ0's batches that are questions
+    base_questions: float = 0.375  # share of θ0's batches that are questions
     steps: int = 300          # optimizer steps of every fine-tuning method
-    lr: float = 5e-4          # peak learning rate of every fine-tuning method
+    lr: float = 1e-3          # peak learning rate of every fine-tuning method
     warmup: int = 20          # warm-up steps of every fine-tuning method
     batch_size: int = 48      # samples a step
     clip: float = 1.0         # gradient norm limit
@@ -107,19 +107,22 @@ def training_stage(
 def training_stages(c: StudyConfig, root: Path, data: Path) -> list[Stage]:
     "The stages that train: θ0, SFT, CRaFT, replay."
     questions = data / c.questions / "train.jsonl"
-    found = [training_stage(c, root, data, "theta0", "train the starting policy on three old tasks and the questions", 210,
-                            f"--questions.jsonl={questions}", f"--questions.fraction={c.base_questions}", needs=("data", "questions")),
-             training_stage(c, root, data, "sft", "fine-tune θ0 on the new task alone", 50, needs=("theta0",))]
+    asked = (f"--questions.jsonl={questions}", f"--questions.fraction={c.base_questions}")
+    found = [training_stage(c, root, data, "theta0", "train the starting policy on three old tasks and the questions",
+                            250, *asked, needs=("data", "questions")),
+             training_stage(c, root, data, "sft", "fine-tune θ0 on the new task alone", 55, needs=("theta0",))]
     for name, m in CRAFT.items():
         cache = "anchors_hidden" if m["retention_mode"] == "hidden" else "anchors_token"
         flags = {"enabled": "true", "anchor_cache_dir": root / cache, "anchor_batch_size": c.anchor_batch_size,
                  "retention_freq": 1, "epsilon": "auto", "pilot": root / "sft" / "eval" / "pilot.json", **m}
-        found.append(training_stage(c, root, data, name, f"fine-tune θ0 under the {m['retention_mode']} retention constraint",
-                                    80, *(f"--craft.{k}={v}" for k, v in flags.items()), needs=("theta0", cache, "pilot")))
+        what = f"fine-tune θ0 under the {m['retention_mode']} constraint"
+        given = (f"--craft.{k}={v}" for k, v in flags.items())
+        found.append(training_stage(c, root, data, name, what, 95, *given, needs=("theta0", cache, "pilot")))
     for r in REPLAY:
-        found.append(training_stage(c, root, data, f"replay_{r}", f"fine-tune θ0, {r} % of each batch are the anchors' samples",
-                                    50, f"--replay.anchors={root / 'anchors_token'}", f"--replay.questions={questions}",
-                                    f"--replay.fraction={r / 100}", needs=("theta0", "anchors_token")))
+        what = f"fine-tune θ0, {r} % of each batch are the anchors' samples"
+        given = (f"--replay.anchors={root / 'anchors_token'}", f"--replay.questions={questions}",
+                 f"--replay.fraction={r / 100}")
+        found.append(training_stage(c, root, data, f"replay_{r}", what, 55, *given, needs=("theta0", "anchors_token")))
     return found
 
 # %% ../../nbs/apps/960_study.ipynb #dd781eeb
@@ -128,11 +131,13 @@ def anchor_stages(c: StudyConfig, root: Path, data: Path) -> list[Stage]:
     def build(kind, mode, n, episodes, split, *extra):
         "One `vla-nb anchors build`."
         what = f"{n} anchors from {episodes} episodes and {split} questions, with θ0's {mode} targets"
-        command = ["anchors", "build", f"--policy.path={root / 'theta0'}", f"--mode={mode}", f"--n={n}", f"--seed={c.seed}",
-                   f"--dataset.root={data / c.dataset}", f"--dataset.episodes={episodes}", "--questions.fraction=0.5",
+        command = ["anchors", "build", f"--policy.path={root / 'theta0'}", f"--mode={mode}", f"--n={n}",
+                   f"--seed={c.seed}", f"--dataset.root={data / c.dataset}", f"--dataset.episodes={episodes}",
+                   "--questions.fraction=0.5",
                    f"--dataset.tasks={texts(c.old_tasks)}", f"--questions.jsonl={data / c.questions / split}.jsonl",
                    f"--questions.exclude={','.join(c.absent_categories)}", f"--output={root}/anchors_{kind}", *extra]
-        return Stage(f"anchors_{kind}", f"anchors ({kind})", what, 15, command, needs=("theta0",), out=f"anchors_{kind}")
+        name = f"anchors_{kind}"
+        return Stage(name, f"anchors ({kind})", what, 8, command, needs=("theta0",), out=name)
     hidden = (f"--layer={HIDDEN['layer']}", f"--pooling={HIDDEN['pooling']}")
     return [build("token", "token", c.anchors, "train", "train"),
             build("hidden", "hidden", c.anchors, "train", "train", *hidden),
@@ -144,13 +149,15 @@ def stages(c: StudyConfig, root: Path, data: Path) -> list[Stage]:
     train = {s.name: s for s in training_stages(c, root, data)}
     def score(name):
         "The evaluation of one method."
-        return Stage(f"eval_{name}", f"evaluate {name}", "questions, held-out losses, retention, rollouts on four tasks", 30,
-                     call="evaluate", args=(name,), needs=(name, "anchors_heldout"))
-    todo = [Stage("data", "demonstrations", "record the simulator's scripted experts, once", 160, ["data", "pull", c.dataset]),
-            Stage("questions", "questions", "make multiple-choice questions from the simulator's ground truth, once", 60,
-                  ["data", "pull", c.questions]), train["theta0"], *anchor_stages(c, root, data), score("theta0"), train["sft"], score("sft"),
-            Stage("pilot", "pilot", "measure how far SFT drifts on the training anchors; ε is 20 % of it", 5, call="pilot",
-                  needs=("sft", "anchors_token", "anchors_hidden"))]
+        what = "questions, held-out losses, retention, rollouts on four tasks"
+        return Stage(f"eval_{name}", f"evaluate {name}", what, 20, call="evaluate", args=(name,),
+                     needs=(name, "anchors_heldout"))
+    todo = [Stage("data", "demonstrations", "record the simulator's scripted experts and make questions, once", 200,
+                  ["data", "pull", c.dataset]),
+            Stage("questions", "questions", "check the questions", 5, ["data", "pull", c.questions], needs=("data",)),
+            train["theta0"], *anchor_stages(c, root, data), score("theta0"), train["sft"], score("sft"),
+            Stage("pilot", "pilot", "measure how far SFT drifts on the training anchors; ε is 20 % of it", 5,
+                  call="pilot", needs=("sft", "anchors_token", "anchors_hidden"))]
     for name in TRAINED[2:]: todo += [train[name], score(name)]
     for a in c.wise:
         name, what = f"wise_{a}", f"mix weights: {a:g} of SFT, {1 - a:g} of θ0"
@@ -193,8 +200,8 @@ def run_command(args: list, log: Path) -> None:
         except BaseException:
             p.terminate(); p.wait(); raise
     if p.wait():
-        raise UserError(f"`vla-nb {args[0]}` ended with status {p.returncode}; its messages stand above and in {log}; mend "
-                        "the cause and run the same command again: finished stages are kept.")
+        raise UserError(f"`vla-nb {args[0]}` ended with status {p.returncode}; its messages stand above and in {log}; "
+                        "mend the cause and run the same command again: finished stages are kept.")
 
 # %% ../../nbs/apps/960_study.ipynb #1f44135e
 @patch

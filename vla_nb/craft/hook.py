@@ -146,6 +146,7 @@ def _retention_backward(self, run) -> float:
         summed += total.detach()
     return float(run.reduce_sum(summed) / count)
 
+# %% ../../nbs/craft/540_hook.ipynb #1cbf1377
 def _share(run):
     "Every process takes rank 0's numbers, so that all decide alike; None for a single process."
     if run.world_size == 1: return None

@@ -72,8 +72,8 @@ def make_accelerator(
         raise UserError(f"device is {device!r} but torch sees no CUDA device; use --device=cpu or repair the driver.")
     if cpu and mixed_precision == "fp16": raise UserError("fp16 needs a GPU; use --mixed_precision=bf16 or no.")
     if tracker != "none" and not getattr(utils, f"is_{tracker}_available")():
-        raise UserError(f"the tracker is {tracker!r}, but that package is not installed; `pip install {tracker}`, or set "
-                        "tracker = none in settings.ini (metrics.jsonl is written anyway).")
+        raise UserError(f"the tracker is {tracker!r}, but that package is not installed; `pip install {tracker}`, or "
+                        "set tracker = none in settings.ini (metrics.jsonl is written anyway).")
     AcceleratorState._reset_state()   # an earlier run of this process may have had another precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, project_dir=out_dir,
                               log_with=None if tracker == "none" else tracker,
