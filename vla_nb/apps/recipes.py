@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from .experiment import Step
+from .study import StudyConfig
 from ..core.types import UserError
 from ..envs.metaworld import TASKS
 
@@ -46,8 +47,8 @@ class Recipe:
     use_grad_projection: bool = True  # project conflicting task gradients
 
 # %% ../../nbs/apps/975_recipes.ipynb #da8b9782
-OLD = ",".join(TASKS[t] for t in ("button-press-topdown-v3", "drawer-open-v3", "window-open-v3"))
-NEW = TASKS["door-open-v3"]
+OLD = ",".join(TASKS[t] for t in StudyConfig.old_tasks)
+NEW = TASKS[StudyConfig.new_task]
 TINY = dict(profile="tiny", policy="outputs/demo/seed0/theta0", questions="data/metaworld_questions/dev.jsonl",
             max_samples=100, steps=60, batch_size=16, lr=5e-4, clip=1.0,
             data=("--dataset.root=data/metaworld_demo", "--dataset.episodes=train", f"--dataset.tasks={NEW}",

@@ -26,10 +26,10 @@ class StudyConfig:
     seed: int = 0             # of θ0, of every fine-tuning run and of the start states
     dataset: str = "metaworld_demo"         # demonstrations, a folder of the data root
     questions: str = "metaworld_questions"  # question sets, a folder of the data root
-    old_tasks: tuple[str, ...] = ("button-press-topdown-v3", "drawer-open-v3", "window-open-v3")  # what θ0 knows
-    new_task: str = "door-open-v3"          # what is learned next
+    old_tasks: tuple[str, ...] = ("button-press-topdown-v3", "drawer-open-v3", "door-open-v3")  # what θ0 knows
+    new_task: str = "window-open-v3"        # what is learned next
     absent_categories: tuple[str, ...] = ("where",)  # question categories that no anchor shows
-    base_steps: int = 1400    # optimizer steps of θ0
+    base_steps: int = 1200    # optimizer steps of θ0
     base_lr: float = 1.5e-3   # peak learning rate of θ0
     base_warmup: int = 50     # warm-up steps of θ0
     base_questions: float = 0.375  # share of θ0's batches that are questions
@@ -313,6 +313,7 @@ def clips(self: Study) -> None:
     names = dict(theta0="theta0", sft="sft", craft=max(craft, key=old))
     task, i = choose_clip({k: read_json(self.root/m/"eval"/"rollout.json") for k, m in names.items()}, c.old_tasks)
     success = {}
+    out.mkdir(exist_ok=True)
     for k, m in names.items():
         policy, workers = load_policy(self.root / m), self.pool or c.workers
         found = rollout(policy, (task,), 1, self.first_start + i, workers, c.max_steps, record=((task, 0),))
