@@ -17,7 +17,7 @@ from vla_nb.processors.pipeline import DeviceStep, Pipeline, RenameStep, Step, T
 from vla_nb.processors.text import Pi0FastPrompt, Pi0FastTokenizerStep, WordTokenizer
 from vla_nb.processors.vision import resize_with_pad
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "goldens"
 
 
 def smooth_chunks(n=400, horizon=8, dims=4, seed=0):
