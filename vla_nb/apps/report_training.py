@@ -238,9 +238,8 @@ def limits(
         items.append(f"Success rests on {one} episodes per task: {k}/{n} old-task episodes of "
                      f"{short(rows[0]['name'])} leave the interval {percent(lo)} to {percent(hi)}.")
     items += ["Retention settings were tuned on the development questions, never on the reported ones; the learning "
-              "rate and the number of steps "
-              f"({conf.get('lr', 'see settings')}, {conf.get('steps', 'see settings')}) were chosen for SFT from "
-              f"held-out new-task loss alone (benchmarks/sft_sweep.py) and are the same for every method.",
+              f"rate ({conf.get('lr', 'see settings')}) and the number of steps ({conf.get('steps', 'see settings')}) "
+              "are the same for every method, and reports/LOG.md says how they were chosen.",
               "Replay sees the true labels of the old data; CRaFT sees only the old observations and θ0’s answers to "
               "them. WiSE-FT sees neither."]
     if best: items.append(f"{short(best['name'])} is named in the verdict because it kept most among the CRaFT modes "
