@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     rates = [float(r) for r in str(flags.get("rates", "2e-4,5e-4,1e-3,2e-3")).split(",")]
     c = StudyConfig(seed=int(flags.get("seed", 0)))
     study = Study(c, Path(settings().outputs) / "demo" / f"seed{c.seed}", None)
-    study.run("theta0")
+    if not study.record("theta0"): study.run("theta0")
     (study.root / "sweep").mkdir(exist_ok=True)
     rows = [measure(study, r) for r in rates]
     best = min(r["heldout_new_loss"] for r in rows)
