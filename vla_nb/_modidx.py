@@ -1659,8 +1659,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'vla_nb/training/command.py'),
                                          'vla_nb.training.command.other_parts': ( 'training/command.html#other_parts',
                                                                                   'vla_nb/training/command.py'),
-                                         'vla_nb.training.command.pick_device': ( 'training/command.html#pick_device',
-                                                                                  'vla_nb/training/command.py'),
                                          'vla_nb.training.command.picture_shape': ( 'training/command.html#picture_shape',
                                                                                     'vla_nb/training/command.py'),
                                          'vla_nb.training.command.policy_config': ( 'training/command.html#policy_config',

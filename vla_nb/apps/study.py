@@ -7,8 +7,8 @@ __all__ = ['CRAFT', 'HIDDEN', 'REPLAY', 'TRAINED', 'StudyConfig', 'Stage', 'text
            'anchor_stages', 'stages', 'Study', 'run_command', 'choose_clip', 'main']
 
 # %% ../../nbs/apps/960_study.ipynb #7a3602f9
-import dataclasses, json, os, platform, shutil, subprocess, sys, time
-from dataclasses import dataclass, field
+import dataclasses, shutil, subprocess, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch

@@ -182,10 +182,8 @@ def main(
     tasks = [t for t in options.tasks.split(",") if t]
     if not options.policy.path or not tasks:
         raise UserError("vla-nb eval rollout needs --policy.path=RUN and --tasks=NAME,NAME.")
-    device = options.policy.device or settings().device
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(settings().threads)
-    policy = load_policy(options.policy.path, device=device)
+    policy = load_policy(options.policy.path, options.policy.device)
     policy.eval()
     record = [(t, i) for t in tasks for i in range(min(options.clips, options.n_episodes))]
     found = rollout(policy, tasks, options.n_episodes, options.seed, options.workers, options.max_steps, record)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'policy_config', 'loaded_policy', 'use_statistics', 'picture_shape', 'make_policy', 'widths', 'open_dataset',
            'open_replay', 'other_parts', 'revision', 'provenance', 'heldout', 'craft_hooks', 'same_data', 'build_run',
-           'pick_device', 'train', 'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
+           'train', 'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
 
 # %% ../../nbs/training/630_command.ipynb #a4481ab2
 import os
@@ -28,7 +28,7 @@ from ..craft.constraint import craft_config
 from ..craft.hook import CraftHook
 from ..datasets.lerobot import DatasetMetadata
 from ..datasets.loader import collate
-from ..policies.store import load_policy, policy_class
+from ..policies.store import load_policy, policy_class, torch_device
 from .config import DatasetFlags, TrainConfig, help_text, read_config
 from .loop import LoopConfig, TrainRun, to_device
 from .sources import (Demonstrations, Part, Shape, batches_from, mix, open_questions, replay_dataset,
@@ -249,7 +249,7 @@ def build_run(
     precision = config.mixed_precision or place.precision
     loop = LoopConfig(mixed_precision=precision, **{k: getattr(config, k) for k in SHARED})
     run = TrainRun(policy, config.optimizer, loop, batches_from(mixture, policy.preprocessor, workers), out, hooks,
-                   to_dict(config), heldout(config, meta, shape), pick_device(config.device or place.device),
+                   to_dict(config), heldout(config, meta, shape), torch_device(config.device),
                    lambda first: {"seed": config.seed, "sources": [len(d) for d in mixture.datasets]}, place.tracker)
     facts = provenance(config, argv, meta)
     if config.resume: same_data(out, facts)
@@ -260,11 +260,6 @@ def build_run(
 
 SHARED = ("steps", "batch_size", "gradient_accumulation_steps", "log_freq", "save_freq", "eval_freq", "keep_last",
           "seed")   # fields that TrainConfig and LoopConfig have in common
-
-# %% ../../nbs/training/630_command.ipynb #7ae7724e
-def pick_device(name: str) -> str:
-    "auto is CUDA where there is one, else the CPU."
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../../nbs/training/630_command.ipynb #3f6b88fc
 def train(
