@@ -38,6 +38,7 @@ class StudyConfig:
     warmup: int = 20          # warm-up steps of every fine-tuning method
     batch_size: int = 48      # samples a step
     clip: float = 1.0         # gradient norm limit
+    random_shift: int = 0     # of the pictures while fine-tuning, pixels; θ0 is trained with its policy's own
     anchors: int = 1200       # half old-task prompts, half question prompts
     heldout_anchors: int = 240  # from held-out scenes, to measure retention only
     anchor_batch_size: int = 24  # anchors a step
@@ -95,7 +96,7 @@ def training_stage(
     base = name == "theta0"
     steps, lr, warmup = (c.base_steps, c.base_lr, c.base_warmup) if base else (c.steps, c.lr, c.warmup)
     start = ("--policy.type=pi0_fast", f"--policy.preset={c.profile}") if base else (
-        f"--policy.path={root / 'theta0'}", "--dataset.stats=checkpoint")
+        f"--policy.path={root / 'theta0'}", "--dataset.stats=checkpoint", f"--policy.random_shift={c.random_shift}")
     command = ["train", f"--output_dir={root / name}", f"--dataset.root={data / c.dataset}", "--dataset.episodes=train",
                f"--dataset.tasks={texts(c.old_tasks if base else (c.new_task,))}", *start, f"--steps={steps}",
                f"--batch_size={c.batch_size}", f"--seed={c.seed}", f"--policy.optimizer_lr={lr}", "--log_freq=50",
