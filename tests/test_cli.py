@@ -1,5 +1,4 @@
 """The command line as a program: exit status, one sentence, no half of anything."""
-import importlib
 import os
 import signal
 import subprocess
@@ -21,8 +20,20 @@ def call(*argv, **kw): return subprocess.run([BIN / "vla-nb", *argv], capture_ou
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_exists(command):
     "The import string of each command leads to a function."
-    module, function = cli.COMMANDS[command][0].split(":")
-    assert callable(getattr(importlib.import_module(f"vla_nb.{module}"), function))
+    assert callable(cli.load(cli.COMMANDS[command].run))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    "`--help` anywhere after the command: usage, purpose and every flag with its meaning; nothing runs."
+    known = cli.COMMANDS[command]
+    assert cli.main([*command.split(), "--nonsense", "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: vla-nb {command}") and known.about in out and not err
+    if known.options:
+        names = {line.split("=")[0].strip().split(".")[0] for line in out.splitlines() if line.startswith("  --")}
+        assert names == {f"--{name}" for name in cli.load(known.options).__dataclass_fields__}
+        assert not [line for line in out.splitlines() if line.startswith("  --") and len(line.split(" ", 3)) < 4]
 
 
 def test_help_lists_every_command():
@@ -56,7 +67,7 @@ def test_errors_become_sentences(monkeypatch, capsys, error, status, says):
     "Every kind of error ends in one line and its own exit status."
     def boom(argv): raise error
     monkeypatch.setattr("vla_nb.apps.doctor.info", boom)
-    assert cli.run_command({"boom": ("apps.doctor:info", "")}, ["boom"]) == status
+    assert cli.run_command({"boom": cli.Command("apps.doctor:info", "")}, ["boom"]) == status
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and says in lines[0]
 
@@ -87,7 +98,7 @@ def test_a_broken_pipe_inside_a_command_is_an_error(monkeypatch, capsys):
     "A worker that died is not mistaken for a reader that left."
     def boom(argv): raise BrokenPipeError(32, "Broken pipe")
     monkeypatch.setattr("vla_nb.apps.doctor.info", boom)
-    assert cli.run_command({"boom": ("apps.doctor:info", "")}, ["boom"]) == 1
+    assert cli.run_command({"boom": cli.Command("apps.doctor:info", "")}, ["boom"]) == 1
     assert "Broken pipe" in capsys.readouterr().err
 
 

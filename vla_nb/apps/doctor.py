@@ -184,21 +184,15 @@ def check_all(
 
 def no_options(
     argv: list[str],  # words after the command
-    text: str,        # what the command does
-) -> bool:            # true when only help was asked for
-    "Answer `--help`; refuse anything else, because these commands have no options."
-    if argv in (["--help"], ["-h"]):
-        print(text)
-        return True
+):
+    "Refuse whatever follows a command that has no options."
     if argv: raise UserError(f"{' '.join(argv)!r} is not understood: this command has no options.")
-    return False
 
 def doctor(
     argv: list[str],  # words after `vla-nb doctor`: none
 ) -> int:             # 1 when something will not work, else 0
     "Check this machine and say what to do about each problem."
-    text = "usage: vla-nb doctor\n\nChecks this machine; exit status 1 when something will not work."
-    if no_options(argv, text): return 0
+    no_options(argv)
     checks = check_all(settings())
     print("\n".join(map(str, checks)))
     bad = sum(c.status == "fail" for c in checks)
@@ -237,8 +231,7 @@ def info(
     argv: list[str],  # words after `vla-nb info`: none
 ) -> int:             # 0
     "Print environment, versions and settings."
-    text = "usage: vla-nb info\n\nPrints environment, versions and settings, to paste into a bug report."
-    if no_options(argv, text): return 0
+    no_options(argv)
     found = facts(settings())
     width = max(map(len, found))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))

@@ -93,11 +93,6 @@ def main(
     argv: list[str],  # words after `vla-nb tokenizer fit`
 ) -> int:             # 0
     "Fit word tokenizer and action codec, print what they cost."
-    if argv in (["--help"], ["-h"]):
-        lines = "\n".join(f"  --{k}={v}" for k, v in vars(FitOptions()).items())
-        print("usage: vla-nb tokenizer fit --dataset=<folder> --out=<folder> [options]\n\noptions and defaults:")
-        print(lines)
-        return 0
     o = apply_flags(FitOptions(), parse_flags(argv))
     if not o.dataset or not o.out: raise UserError("Both --dataset=<folder> and --out=<folder> are needed.")
     m = fit(o)

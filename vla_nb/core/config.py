@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'to_dict', 'describe', 'wrong', 'read_text', 'cast', 'cast_items', 'unknown_key', 'from_dict', 'load_toml',
-           'load_json', 'save_json', 'insert_flag', 'parse_flags', 'apply_flags']
+           'load_json', 'save_json', 'insert_flag', 'parse_flags', 'apply_flags', 'options_text']
 
 # %% ../../nbs/core/020_config.ipynb #fbb38565
 import dataclasses
@@ -213,3 +213,21 @@ def apply_flags(
             changes[key] = apply_flags(current, value, f"{where}{key}.")
         else: changes[key] = cast(hints[key], value, f"--{where}{key}", text=True)
     return dataclasses.replace(dc, **changes)
+
+# %% ../../nbs/core/020_config.ipynb #a1a3b02e
+def options_text(
+    cls,               # dataclass of flags
+    prefix: str = "",  # before every name
+) -> str:              # one line per flag
+    "Every flag with its default and meaning."
+    from fastcore.docments import docments
+    lines, docs, hints = [], docments(cls), typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        name, meaning = f"{prefix}{f.name}", docs.get(f.name) or ""
+        if dataclasses.is_dataclass(hints[f.name]): lines.append(options_text(hints[f.name], f"{name}."))
+        elif hints[f.name] is dict: lines.append(f"  --{name}.…".ljust(38) + " " + meaning)
+        else:
+            made = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            default = ",".join(map(str, made)) if isinstance(made, (tuple, list)) else "" if made is None else made
+            lines.append(f"  --{name}={'' if default is dataclasses.MISSING else default}".ljust(38) + " " + meaning)
+    return "\n".join(lines)

@@ -29,7 +29,7 @@ from ..craft.hook import CraftHook
 from ..datasets.lerobot import DatasetMetadata
 from ..datasets.loader import collate
 from ..policies.store import load_policy, policy_class, torch_device
-from .config import DatasetFlags, TrainConfig, help_text, read_config
+from .config import DatasetFlags, TrainConfig, read_config
 from .loop import LoopConfig, TrainRun, to_device
 from .sources import (Demonstrations, Part, Shape, batches_from, mix, open_questions, replay_dataset,
                                      replay_samples, select_episodes)
@@ -266,10 +266,6 @@ def train(
     argv: list[str],  # words after `vla-nb train`
 ) -> int:             # 0 when the run is complete, 128 + number of the signal that stopped it
     "`vla-nb train`: train, fine-tune, resume."
-    if {"--help", "-h"} & set(argv):
-        print("vla-nb train --output_dir=DIR --dataset.root=DIR --policy.type=TYPE|--policy.path=DIR "
-              "[--config_path=FILE] …\n" + help_text())
-        return 0
     config, checkpoint = read_config(argv)
     out = Path(config.output_dir)
     first = int(os.environ.get("RANK", 0)) == 0

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIM', 'SCHEDULE', 'ALIASES', 'VALUES', 'TRUE', 'ABSENT', 'FREE', 'DatasetFlags', 'QuestionFlags', 'ReplayFlags',
-           'TrainConfig', 'flatten', 'canonical', 'overlay', 'read_config', 'help_text']
+           'TrainConfig', 'flatten', 'canonical', 'overlay', 'read_config']
 
 # %% ../../nbs/training/628_config.ipynb #4095c642
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from fastcore.docments import docments
 
 from ..core.config import apply_flags, from_dict, load_json, load_toml, parse_flags, to_dict
 from ..core.files import read_json
@@ -159,17 +157,3 @@ def read_config(
     if changed: raise UserError(f"--{changed[0]} was {before.get(changed[0])!r} when {out} was started and is now "
                                 f"{now[changed[0]]!r}; a resumed run keeps it. Use a new --output_dir to change it.")
     return resumed, last
-
-# %% ../../nbs/training/628_config.ipynb #094aa420
-def help_text(
-    cls=TrainConfig,    # dataclass of flags
-    prefix: str = "",   # before every name
-) -> str:
-    "Every flag with its default and meaning."
-    lines, docs = [], docments(cls)
-    for name, f in cls.__dataclass_fields__.items():
-        default, meaning = "" if f.default is None else f.default, docs.get(name) or ""
-        if hasattr(f.type, "__dataclass_fields__"): lines.append(help_text(f.type, f"{prefix}{name}."))
-        elif f.type is dict: lines.append(f"  --{name}.…".ljust(38) + meaning)
-        else: lines.append(f"  --{prefix}{name}={default}".ljust(38) + meaning)
-    return "\n".join(lines)
