@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from craft_ranks import make_cache, rows_of, teacher, train  # noqa: E402
+from craft_ranks import (ROWS, LoopConfig, OptimConfig, TrainRun, make_cache, rows_of, task_batches,  # noqa: E402
+                         teacher, train)
 
 from vla_nb.core.files import read_jsonl
 from vla_nb.core.types import UserError
@@ -411,6 +412,32 @@ def test_two_processes_equal_one(tmp_path, token, hidden, mode):
             assert b[key] == pytest.approx(a[key], rel=1e-4 if i else 1e-5), (i, key)
     a, b = (weights(tmp_path / n) for n in "12")
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_scaled_gradients(tmp_path, token, overflow):
+    "With a gradient scaler (fp16) the step is the same; an overflow of the retention gradient alone lowers the scale."
+    def run_with(scale):
+        loop = LoopConfig(steps=3, batch_size=ROWS, log_freq=100, save_freq=0, seed=3)
+        hook = CraftHook(craft_config(dict(enabled=True, anchor_cache_dir=str(token.path), retention_mode="token_kl",
+                                           anchor_batch_size=8, epsilon_start=0.01, epsilon_end=0.001)))
+        policy = teacher()
+        run = TrainRun(policy, OptimConfig(type="sgd", lr=0.05, warmup_steps=0), loop, task_batches(policy, 0, 1),
+                       tmp_path / str(scale), [hook])
+        if scale: run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        if overflow and scale:
+            once, real = [True], hook._retention_backward
+            def too_large(run):
+                value = real(run)
+                if once: once.pop(); run.params[0][1].grad.fill_(float("inf"))
+                return value
+            hook._retention_backward = too_large
+        assert run.train() == "done"
+        return run
+    plain, scaled = run_with(0), run_with(1024.0)
+    assert scaled.skipped == overflow and scaled.grad_scale == (512 if overflow else 1024)
+    if not overflow:
+        for (_, a), (_, b) in zip(plain.params, scaled.params): torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
 
 
 # baselines

@@ -56,9 +56,9 @@ COMMANDS |= {
     "compare": Command("evaluation.compare:main", "table and paired tests of several evaluated runs",
                        "RUN RUN [RUN …] [--output=FILE]"),
     "experiment list": Command("apps.experiment:list_experiments", "the experiments and what each needs", ""),
-    "experiment run": Command("apps.experiment:run", "run an experiment; `demo` and `headline` run the whole comparison",
-                              "NAME [-p key=value …] [--dry-run], or demo|headline [--only=STAGE] [--seeds=K,K] "
-                              "[options]", "apps.study:StudyConfig"),
+    "experiment run": Command("apps.experiment:run", "run an experiment; `demo` and `headline` run the comparison",
+                              "NAME [-p key=value …] [--dry-run], or demo|headline [--only=STAGE] "
+                              "[--seeds=K,K] [options]", "apps.study:StudyConfig"),
     "report": Command("apps.report:main", "write the HTML report from the files of an experiment",
                       "[--study=FOLDER] [--output=FOLDER]"),
 }
@@ -124,6 +124,7 @@ def reader_left() -> bool:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains at exit
     return True
 
+# %% ../../nbs/apps/990_cli.ipynb #ba1f7898
 def load(place: str):
     "What `module:name` stands for."
     module, name = place.split(":")

@@ -253,7 +253,8 @@ def optimizer_step(self: TrainRun,
         metrics |= self.ask_hooks("on_update")
         self.skipped_in_row = 0
     else: metrics["skipped"] = self.skip_reason
-    if self.scaler: self.scaler.update()
+    if self.scaler:   # an overflow that only a hook's backward met lowers the scale too
+        self.scaler.update(None if self.skip_reason is None else self.grad_scale * self.scaler.get_backoff_factor())
     if self.skip_reason is not None: self.count_skip()
     return metrics
 
