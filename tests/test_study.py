@@ -1,5 +1,6 @@
 "Stages of the study: what is done is not done again, what depends on a change is, and a failure keeps what was finished."
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,11 @@ def test_commands_are_accepted_by_their_parsers(tmp_path):
             assert last is None and config.steps > 0
             craft_config(config.craft)
         if s.command and s.command[:2] == ["anchors", "build"]: apply_flags(BuildOptions(), parse_flags(s.command[2:]))
+
+
+def test_the_fine_tuning_rate_is_the_one_the_sweep_chose():
+    "Rate and shift of the study are those in the file that benchmarks/sft_sweep.py wrote, on a seed nobody reports."
+    sweep = read_json(Path(__file__).parents[1] / "reports/benchmarks/sft_sweep.json")
+    c = StudyConfig()
+    assert sweep["chosen"] == {"rate": c.lr, "random_shift": c.random_shift} and sweep["seed"] not in (0, 1, 2)
+    assert all(row["steps"] == c.steps for row in sweep["rows"])

@@ -34,7 +34,7 @@ class StudyConfig:
     base_warmup: int = 50     # warm-up steps of θ0
     base_questions: float = 0.375  # share of θ0's batches that are questions
     steps: int = 300          # optimizer steps of every fine-tuning method
-    lr: float = 1e-3          # peak learning rate of every fine-tuning method
+    lr: float = 2e-3          # peak learning rate of every fine-tuning method
     warmup: int = 20          # warm-up steps of every fine-tuning method
     batch_size: int = 48      # samples a step
     clip: float = 1.0         # gradient norm limit
