@@ -42,6 +42,7 @@ class StudyConfig:
     anchors: int = 1200       # half old-task prompts, half question prompts
     heldout_anchors: int = 240  # from held-out scenes, to measure retention only
     anchor_batch_size: int = 24  # anchors a step
+    pilot_fraction: float = 0.05  # ε: the share of plain fine-tuning's drift that a constrained method may have
     episodes: int = 20        # rollouts per task
     max_steps: int = 140      # control steps a rollout may take
     wise: tuple[float, ...] = (0.25, 0.5, 0.75)  # share of the fine-tuned weights in WiSE-FT
@@ -115,7 +116,8 @@ def training_stages(c: StudyConfig, root: Path, data: Path) -> list[Stage]:
     for name, m in CRAFT.items():
         cache = "anchors_hidden" if m["retention_mode"] == "hidden" else "anchors_token"
         flags = {"enabled": "true", "anchor_cache_dir": root / cache, "anchor_batch_size": c.anchor_batch_size,
-                 "retention_freq": 1, "epsilon": "auto", "pilot": root / "sft" / "eval" / "pilot.json", **m}
+                 "retention_freq": 1, "epsilon": "auto", "pilot_fraction": c.pilot_fraction,
+                 "pilot": root / "sft" / "eval" / "pilot.json", **m}
         what = f"fine-tune θ0 under the {m['retention_mode']} constraint"
         given = (f"--craft.{k}={v}" for k, v in flags.items())
         found.append(training_stage(c, root, data, name, what, 95, *given, needs=("theta0", cache, "pilot")))
@@ -157,7 +159,7 @@ def stages(c: StudyConfig, root: Path, data: Path) -> list[Stage]:
                   ["data", "pull", c.dataset]),
             Stage("questions", "questions", "check the questions", 5, ["data", "pull", c.questions], needs=("data",)),
             train["theta0"], *anchor_stages(c, root, data), score("theta0"), train["sft"], score("sft"),
-            Stage("pilot", "pilot", "measure how far SFT drifts on the training anchors; ε is 20 % of it", 5,
+            Stage("pilot", "pilot", "measure how far SFT drifts on the training anchors; ε is a share of it", 5,
                   call="pilot", needs=("sft", "anchors_token", "anchors_hidden"))]
     for name in TRAINED[2:]: todo += [train[name], score(name)]
     for a in c.wise:
