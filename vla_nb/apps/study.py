@@ -34,7 +34,7 @@ class StudyConfig:
     base_warmup: int = 50     # warm-up steps of θ0
     base_questions: float = 0.375  # share of θ0's batches that are questions
     steps: int = 300          # optimizer steps of every fine-tuning method
-    lr: float = 2e-3          # peak learning rate of every fine-tuning method
+    lr: float = 1e-3          # peak learning rate of every fine-tuning method
     warmup: int = 20          # warm-up steps of every fine-tuning method
     batch_size: int = 48      # samples a step
     clip: float = 1.0         # gradient norm limit
@@ -247,7 +247,7 @@ def describe(self: Study) -> dict:
 # %% ../../nbs/apps/960_study.ipynb #8a1763d0
 @patch
 def evaluate(self: Study, name: str) -> None:
-    "Questions (report and development sets), held-out losses, held-out retention and rollouts of one method."
+    "Questions of the report set, held-out losses, held-out retention and rollouts of one method."
     from vla_nb.policies.store import load_policy
     from vla_nb.evaluation.mcq import evaluate_mcq
     from vla_nb.evaluation.offline import heldout_losses
@@ -258,9 +258,8 @@ def evaluate(self: Study, name: str) -> None:
     c, out = self.c, self.root/name/"eval"
     torch.set_num_threads(c.threads)
     policy, tasks = load_policy(self.root/name), (*c.old_tasks, c.new_task)
-    for split, file in (("report", "mcq.json"), ("dev", "mcq_dev.json")):
-        asked = self.data / c.questions / f"{split}.jsonl"
-        write_json(out / file, evaluate_mcq(policy, asked, end_token=True, seed=c.seed))
+    asked = self.data / c.questions / "report.jsonl"
+    write_json(out / "mcq.json", evaluate_mcq(policy, asked, end_token=True, seed=c.seed))
     held = heldout_losses(policy, self.data / c.dataset, split="test", old=c.old_tasks, new=(c.new_task,))
     write_json(out / "offline.json", held)
     write_json(out/"retention.json", retention_losses(policy, [self.root/"anchors_heldout"]))
