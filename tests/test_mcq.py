@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from vla_nb.core.types import UserError
-from vla_nb.evaluation.mcq import (choice_ids, compare_results, evaluate_mcq, load_questions, main, question_batch,
+from vla_nb.datasets.questions import load_questions
+from vla_nb.evaluation.mcq import (choice_ids, compare_results, evaluate_mcq, main, question_batch,
                                    question_images, score_questions)
 from vla_nb.evaluation.stats import cluster_bootstrap, mcnemar, wilson
 from vla_nb.policies.fake import FakePolicy

@@ -22,11 +22,11 @@ from ..core.progress import bar
 from ..core.settings import settings
 from ..core.types import TASK, UserError
 from ..craft.anchors import AnchorCache, build_cache, check_policy, measure_retention
-from ..datasets.lerobot import LeRobotDataset
-from ..evaluation.mcq import load_questions, question_batch, question_images
+from ..datasets.lerobot import LeRobotDataset, select_episodes
+from ..datasets.questions import load_questions
+from ..evaluation.mcq import question_batch, question_images
 from ..policies.store import load_policy, policy_folder
 from ..processors.vision import resize_area, resize_with_pad
-from ..training.sources import select_episodes
 
 # %% ../../nbs/apps/920_anchors.ipynb #40a0b175
 def stratified(

@@ -239,8 +239,8 @@ def limits(
                      f"{short(rows[0]['name'])} leave the interval {percent(lo)} to {percent(hi)}.")
     items += ["Retention settings were tuned on the development questions, never on the reported ones; the learning "
               f"rate ({conf.get('lr', 'see settings')}) and the number of steps ({conf.get('steps', 'see settings')}) "
-              "are plain fine-tuning's, used unchanged by every method; the rate was chosen by its held-out new-task loss "
-              "alone, on a seed that is not reported (benchmarks/sft_sweep.py).",
+              "are plain fine-tuning's, used unchanged by every method; the rate was chosen by its held-out new-task "
+              "loss alone, among rates below θ0’s own, on seeds that are not reported (benchmarks/sft_sweep.py).",
               "Replay sees the true labels of the old data; CRaFT sees only the old observations and θ0’s answers to "
               "them. WiSE-FT sees neither."]
     if best: items.append(f"{short(best['name'])} is named in the verdict because it kept most among the CRaFT modes "

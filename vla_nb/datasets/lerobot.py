@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'REQUIRED', 'download', 'find_root', 'unfinished', 'read_info', 'read_table', 'read_tasks', 'episode_rows',
-           'read_episodes', 'DatasetMetadata', 'column_array', 'stored_images', 'frame_offsets', 'LeRobotDataset']
+           'read_episodes', 'DatasetMetadata', 'parse_episodes', 'select_episodes', 'column_array', 'stored_images',
+           'frame_offsets', 'LeRobotDataset']
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #b084a062
 import copy
@@ -196,6 +197,38 @@ def fingerprint(self: DatasetMetadata) -> str:
     names = [(p.relative_to(self.root), p) for p in files]
     return hash_json([[str(n), sha256_file(p) if n.parts[0] == "meta" else p.stat().st_size]
                       for n, p in names if n.parts[0] in ("meta", "data", "videos")])
+
+# %% ../../nbs/datasets/110_lerobot.ipynb #44a68b25
+def parse_episodes(
+    text: str,       # "120:144", "1,2,5", or both: "0:10,20"; a range may lack an end: "120:"
+    total: int,      # episodes of the dataset
+) -> list[int]:      # episode numbers
+    "Read episode numbers; ranges are without their end, as in Python."
+    found = []
+    for part in text.split(","):
+        bounds = [int(n) if n.strip() else None for n in part.split(":")]   # ValueError: not a number
+        if len(bounds) > 2 or bounds == [None]: raise ValueError(part)
+        found += range(total)[slice(*bounds)] if len(bounds) == 2 else bounds
+    return found
+
+def select_episodes(
+    meta: DatasetMetadata,      # of the dataset
+    spec: str | None = None,    # split name, or numbers as in `parse_episodes`; None takes all
+    tasks: str | None = None,   # instructions, comma-separated; None takes all
+) -> list[int]:                 # episode numbers
+    "The episodes meant; a selection that is empty or does not exist is an error."
+    try: chosen = parse_episodes(meta.splits.get(spec, spec) if spec else "0:", meta.total_episodes)
+    except ValueError as e:
+        raise UserError(f"Episodes {spec!r} are neither a split of {meta.root} "
+                        f"({', '.join(meta.splits) or 'it has none'}), nor a range 0:120, nor a list 0,3,7.") from e
+    bad = [n for n in chosen if not 0 <= n < meta.total_episodes]
+    if bad: raise UserError(f"Episode {bad[0]} of {spec!r} does not exist: {meta.root} has {meta.total_episodes}.")
+    wanted = [t.strip() for t in tasks.split(",")] if tasks else meta.tasks
+    unknown = [t for t in wanted if t not in meta.tasks]
+    if unknown: raise UserError(f"Task {unknown[0]!r} is not in {meta.root}; its tasks are {', '.join(meta.tasks)}.")
+    found = [n for n in chosen if set(meta.episodes[n]["tasks"]) <= set(wanted)]
+    if not found: raise UserError(f"Episodes {spec!r} with tasks {tasks!r} leave no episode of {meta.root}.")
+    return found
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #ec74f4ae
 def column_array(

@@ -26,13 +26,13 @@ from ..core.settings import settings
 from ..core.types import ACTION, OBS_STATE, UserError, features_from_dataset
 from ..craft.constraint import craft_config
 from ..craft.hook import CraftHook
-from ..datasets.lerobot import DatasetMetadata
+from ..datasets.lerobot import DatasetMetadata, select_episodes
 from ..datasets.loader import collate
 from ..policies.store import load_policy, policy_class, torch_device
 from .config import DatasetFlags, TrainConfig, read_config
 from .loop import LoopConfig, TrainRun, to_device
 from .sources import (Demonstrations, Part, Shape, batches_from, mix, open_questions, replay_dataset,
-                                     replay_samples, select_episodes)
+                                     replay_samples)
 from .state import checkpoint_steps, cut_rows, seed_everything
 
 # %% ../../nbs/training/630_command.ipynb #8462da86
