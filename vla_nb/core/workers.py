@@ -54,19 +54,19 @@ class Workers:
                  n: int,  # number of processes; 0 = run in this process
                  ):
         self.n, self._children = n, [start_child() for _ in range(n)]
-        self.places = range(max(n, 1))  # numbers that `call` takes
+        self.places, self._values = range(max(n, 1)), deque()  # numbers that `call` takes; answers of n = 0
 
     def call(self, i: int, function, *args):
-        "Ask child i; fetch the answer with `result(i)` before asking again."
+        "Ask child i; `result(i)` fetches the answers in the order of the questions."
         if self.n == 0:
-            self._value = function(*args)
+            self._values.append(function(*args))
             return
         try: self._children[i][1].send((function, args))
         except (BrokenPipeError, ConnectionResetError) as e: raise self._lost(i) from e
 
     def result(self, i: int):
         "Wait for the answer of child i; an error there is raised here."
-        if self.n == 0: return self._value
+        if self.n == 0: return self._values.popleft()
         try: error, value = self._children[i][1].recv()
         except (EOFError, ConnectionResetError) as e: raise self._lost(i) from e
         if isinstance(error, UserError): raise error
