@@ -210,6 +210,7 @@ def workspace(tmp_path, monkeypatch):
     head = text.split("\n[expect]")[0]
     expect = "\n[expect]\ntotal_episodes = 2\ntolerance = 0.05\nframes_tolerance = 0.02\n"
     for old, new in (("train = 30", "train = 1"), ("heldout = 6", "heldout = 1"),
+                     ('more = {"window-open-v3" = 30}', "more = {}"),
                      ('also = ["metaworld_questions"]', "also = []"),
                      (', "drawer-open-v3", "window-open-v3", "door-open-v3"]', "]")):
         assert old in head
