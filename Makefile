@@ -48,7 +48,7 @@ headline: install
 test: install
 	@mkdir -p outputs/tests
 	$(BIN)/python -m pytest tests --junitxml=outputs/tests/junit.xml
-	$(BIN)/nbdev-test --n-workers 2
+	MUJOCO_GL=$$($(BIN)/python -c "from vla_nb.envs.base import choose_gl; print(choose_gl())") $(BIN)/nbdev-test --n-workers 2
 
 parity: install
 	@$(BIN)/python tools/parity.py
