@@ -10,7 +10,6 @@ __all__ = ['Episodes', 'as_array', 'EpisodesV2', 'open_episodes', 'DiffOptions',
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from fastcore.basics import patch
 from ..core.config import apply_flags, parse_flags
 from ..core.files import read_json
 from ..core.progress import bar
