@@ -20,7 +20,8 @@ from ..core.types import UserError
 
 # %% ../../nbs/datasets/100_video.ipynb #c3660e79
 CODECS = {  # name -> (encoder, default crf, encoder options)
-    "h264": ("libx264", 18, {"preset": "veryfast", "tune": "fastdecode", "bf": "0", "threads": "1"}),
+    "h264": ("libx264", 18, {"preset": "veryfast", "tune": "fastdecode", "bf": "0", "threads": "1",
+                             "x264-params": "cpu-independent=1"}),
     "av1": ("libsvtav1", 30, {"preset": "10", "svtav1-params": "lp=1"}),
 }
 
