@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     runs = {r: [] for r in rates}
     for seed in seeds:
         c = StudyConfig(seed=seed)
-        study = Study(c, Path(settings().outputs) / "demo" / f"seed{seed}", None)
+        study = Study(c, Path(settings().outputs) / "headline" / f"seed{seed}", None)
         if not study.record("theta0"): study.run("theta0")
         (study.root / "sweep").mkdir(exist_ok=True)
         for r in rates: runs[r].append(measure(study, r))

@@ -83,15 +83,6 @@ def _lost(self: Workers, i):
     return UserError(f"Worker process {i} ended with status {code} (out of memory, or killed): try again.")
 
 @patch
-def ask(self: Workers,
-        function,    # of an importable module
-        args: dict,  # place -> arguments
-        ) -> dict:   # the union of the answers, which are dictionaries
-    "Ask several children at once and merge what they say."
-    for i, a in args.items(): self.call(i, function, *a)
-    return {key: value for i in args for key, value in self.result(i).items()}
-
-@patch
 def close(self: Workers):
     "Close the sockets and wait for the children to leave."
     for process, pipe in self._children:

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'policy_config', 'loaded_policy', 'use_statistics', 'picture_shape', 'make_policy', 'widths', 'open_dataset',
-           'open_replay', 'other_parts', 'revision', 'provenance', 'heldout', 'craft_hooks', 'same_data', 'build_run',
-           'train', 'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
+           'open_replay', 'other_parts', 'provenance', 'heldout', 'craft_hooks', 'same_data', 'build_run', 'train',
+           'remove_unborn', 'run_status', 'is_locked', 'status_line', 'status']
 
 # %% ../../nbs/training/630_command.ipynb #a4481ab2
 import os
 import platform
 import signal
-import subprocess
 import time
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from ..core.config import apply_flags, parse_flags, to_dict
 from ..core.files import file_lock, read_json, read_jsonl, sha256_file, write_json
 from ..core.settings import settings
 from ..core.types import ACTION, OBS_STATE, UserError, features_from_dataset
+from ..core.versions import installed_version, revision
 from ..craft.constraint import craft_config
 from ..craft.hook import CraftHook
 from ..datasets.lerobot import DatasetMetadata, select_episodes
@@ -158,29 +157,17 @@ def other_parts(config: TrainConfig, questions, replay) -> list[Part]:
     return parts
 
 # %% ../../nbs/training/630_command.ipynb #63bf2dcf
-def revision() -> str | None:
-    "Git revision of this package's source, with + when files have changed; None outside a repository."
-    def git(*words):
-        return subprocess.run(["git", "-C", vla_nb.__path__[0], *words], capture_output=True, text=True)
-    head = git("rev-parse", "HEAD")
-    if head.returncode: return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "")
-
-
 def provenance(
     config: TrainConfig,    # of the run
     argv: list[str],        # words of the command line
     meta: DatasetMetadata,  # of the demonstrations
 ) -> dict:                  # contents of params.json
     "Everything needed to repeat a run."
-    def installed(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
     names = ("vla_nb", "torch", "accelerate", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "av")
     questions = [p for p in (config.questions.jsonl, config.replay.questions) if p]
     return {"command": ["vla-nb", "train", *argv], "config": to_dict(config), "seed": config.seed,
-            "revision": revision(),
-            "versions": {"python": platform.python_version(), **{n: installed(n) for n in names}},
+            "revision": revision(Path(vla_nb.__path__[0])),
+            "versions": {"python": platform.python_version(), **{n: installed_version(n) for n in names}},
             "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
                         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
             "dataset": {"root": str(meta.root), "fingerprint": meta.fingerprint(), "frames": meta.total_frames},
