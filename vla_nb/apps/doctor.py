@@ -203,7 +203,8 @@ def facts(
     versions = {n: installed_version(n) or "not installed" for n in names}
     shown = {f.name: str(getattr(s, f.name)) for f in fields(s) if f.name != "root"}
     home = str(Path.home())
-    return {"vla_nb": installed_version("vla_nb") or "not installed", "revision": revision(s.root) or "unknown (no git)",
+    return {"vla_nb": installed_version("vla_nb") or "not installed",
+            "revision": revision(s.root) or "unknown (no git)",
             "python": platform.python_version(), "system": platform.platform(),
             "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
             "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB", "device": check_device(s).found,
