@@ -143,7 +143,7 @@ def test_saved_episodes_survive_kill_9(tmp_path):
     assert ds[5 * saved - 1]["action"].item() == saved - 1
 
 
-MOMENTS = ["_pack_data", "_pack_videos", "_total_stats", "_pack_episodes", "write_tasks", "write_json"]
+MOMENTS = ["_pack_data", "_pack_videos", "write_episodes", "write_tasks", "write_total_stats", "write_info"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

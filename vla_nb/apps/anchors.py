@@ -20,7 +20,7 @@ from ..core.config import apply_flags, parse_flags
 from ..core.files import sha256_file, write_json
 from ..core.progress import bar
 from ..core.settings import settings
-from ..core.types import TASK, UserError
+from ..core.types import TASK, UserError, require_keys
 from ..craft.anchors import AnchorCache, build_cache, check_policy, measure_retention
 from ..datasets.lerobot import LeRobotDataset, select_episodes
 from ..datasets.questions import load_questions
@@ -80,9 +80,7 @@ def frame_batch(
     rows: list[int],  # local row numbers
 ) -> dict:  # preprocessed, without actions
     "Observations and task texts as the policy reads them."
-    lacking = [k for k in policy.config.input_features if k not in ds.meta.features]
-    if lacking:
-        raise UserError(f"the policy reads {lacking[0]!r}, the dataset has {', '.join(ds.meta.features)}; rename it")
+    require_keys(f"the dataset {ds.meta.root}", policy.config.input_features, ds.meta.features)
     items = ds.__getitems__(rows)
     batch = {k: torch.stack([it[k] for it in items]) for k in policy.config.input_features}
     for key in policy.cameras: batch[key] = fit_pictures(policy, key, batch[key]).float() / 255

@@ -122,7 +122,8 @@ class Stats:
     def from_json(cls, path) -> "Stats":
         "Read stats.json."
         try: return cls.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, AttributeError) as e: raise UserError(f"cannot read statistics {path}: {e}") from e
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as e:
+            raise UserError(f"cannot read statistics {path}: {str(e)[:200]}") from e
 
 # %% ../../nbs/core/040_stats.ipynb #a63fac7f
 def aggregate(

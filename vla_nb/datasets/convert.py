@@ -25,7 +25,7 @@ from ..core.progress import bar
 from ..core.stats import Stats, compute_stats, image_stats, sample_indices
 from ..core.types import UserError
 from ..core.workers import Workers
-from .build import DATA_PATH, About, cast_column, column_values, join_part, write_meta
+from .build import DATA_PATH, About, cast_column, column_values, data_writer, join_part, write_meta
 from .layout import DEFAULTS, PICTURE, arrow_type, check_features, data_schema
 from .lerobot import DatasetMetadata, read_table
 from .video import VideoReader, codec_header
@@ -211,7 +211,7 @@ def convert_data(
     "Write one data file."
     first = sum(e["length"] for e in source.episodes[:episodes[0]])
     path, out = work / DATA_PATH.format(chunk_index=place[0], file_index=place[1]), []
-    with atomic_write(path) as f, pq.ParquetWriter(f, data_schema(source.features), compression="snappy") as writer:
+    with atomic_write(path) as f, data_writer(f, source.features) as writer:
         for e in episodes:
             rows, stats, moved = episode_rows(source, e, first)
             writer.write_table(rows, row_group_size=max(len(rows), 1))

@@ -14,13 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ..core.config import apply_flags, parse_flags
 from ..core.files import atomic_dir, atomic_write, sync_folder
 from ..core.progress import bar
 from ..core.stats import Stats, compute_stats
 from ..core.types import UserError
-from .build import DATA_PATH, About, cast_column, column_values, join_part, write_meta
+from .build import DATA_PATH, About, cast_column, column_values, data_writer, join_part, write_meta
 from .layout import DEFAULTS, data_schema
 from .lerobot import DatasetMetadata, episode_rows, read_table, select_episodes
 from .video import CODECS, VideoReader, can_copy, codec_header, encode_video, packet_table
@@ -159,7 +158,7 @@ def write_rows(
     for k, group in enumerate(group_sizes(sizes, about.sizes[0])):
         place = divmod(k, 1000)
         path = work / DATA_PATH.format(chunk_index=place[0], file_index=place[1])
-        with atomic_write(path) as f, pq.ParquetWriter(f, data_schema(about.features), compression="snappy") as out:
+        with atomic_write(path) as f, data_writer(f, about.features) as out:
             for i in bar(group, desc="rows"):
                 m, e = plan.parts[i]
                 task_of = {j: number.get(plan.renamed.get(t, t)) for j, t in enumerate(m.tasks)}

@@ -16,7 +16,8 @@ from ..core.progress import bar
 from ..core.stats import compute_stats
 from ..core.types import UserError
 from .layout import DEFAULTS
-from .lerobot import DatasetMetadata, LeRobotDataset, read_info, unfinished
+from .info import unfinished
+from .lerobot import DatasetMetadata, LeRobotDataset, read_info
 from .video import video_reader
 
 # %% ../../nbs/datasets/150_verify.ipynb #51824d90

@@ -108,17 +108,20 @@ class VideoReader:
 
     def __init__(self,
         path,  # video file
+        depth: bool = False,  # a grey video of 10 to 16 bits: its numbers, not colours
     ):
-        self.path = Path(path)
+        self.path, self.depth = Path(path), depth
         if not self.path.is_file(): raise UserError(f"video file {path} does not exist")
         try:
             self._file = av.open(str(path))
             self._stream = self._file.streams.video[0]
+            if self._stream.codec_context is None: raise UserError(f"{path} is in a video codec that cannot be read")
             self._stream.codec_context.thread_count = 1
             self._stream.codec_context.options = {"err_detect": "explode"}  # an error instead of a patched-up picture
             self._ticks, self._keys = frame_table(self._file, self._stream)
         except (av.error.FFmpegError, IndexError) as e:
             raise UserError(f"cannot open video {path}: {e}; the file is truncated or not a video") from e
+        if not len(self._keys): raise UserError(f"video {path} holds no picture; the file is truncated or damaged")
         self._convert, self._next, self._frames = VideoReformatter(), -1, None
         self.height, self.width = self._stream.height, self._stream.width
 
@@ -136,20 +139,29 @@ def _decode(self: VideoReader, i):
         at = int(np.searchsorted(self._ticks, frame.pts))
         self._next = at + 1
         if frame.is_corrupt: break
-        if at == i: return self._convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        if at == i: return self._levels(frame) if self.depth else self._convert.reformat(
+            frame, format="rgb24", threads=1).to_ndarray()
         if at > i: break
     self._next = -1
     raise UserError(f"{self.path}: frame {i} of {len(self)} cannot be decoded; the file is damaged")
 
 @patch
+def _levels(self: VideoReader, frame):
+    "The numbers of a grey picture, uint16 [H, W, 1]."
+    if frame.format.name not in ("gray10le", "gray12le", "gray16le"):
+        raise UserError(f"{self.path} holds {frame.format.name} pictures; a depth video is grey with 10 to 16 bits")
+    lines = np.frombuffer(frame.planes[0], np.uint16).reshape(frame.height, -1)
+    return lines[:, :frame.width, None]
+
+@patch
 def frames(self: VideoReader,
     indices,  # frame numbers [n], any order, repeats allowed
-) -> np.ndarray:  # uint8 [n, H, W, 3]
+) -> np.ndarray:  # uint8 [n, H, W, 3]; uint16 [n, H, W, 1] of a depth video
     "The pictures with these numbers."
     wanted, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
         raise UserError(f"{self.path} holds {len(self)} frames; frame {wanted[-1]} was asked for (file truncated?)")
-    out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
+    out = np.empty((len(wanted), self.height, self.width, 1 if self.depth else 3), np.uint16 if self.depth else np.uint8)
     try:
         for k, i in enumerate(wanted.tolist()): out[k] = self._decode(i)
     except av.error.FFmpegError as e:
@@ -170,6 +182,7 @@ _INHERITED = []  # the parent's readers after a fork: not used, and not freed, w
 
 def video_reader(
     path,  # video file
+    depth: bool = False,  # as in VideoReader
 ) -> VideoReader:  # kept open for the next call
     "The reader of a file, from this thread's small cache."
     if getattr(_LOCAL, "pid", None) != os.getpid():
@@ -177,8 +190,8 @@ def video_reader(
         _LOCAL.pid, _LOCAL.readers = os.getpid(), OrderedDict()
     try: stat = os.stat(path)
     except OSError as e: raise UserError(f"video file {path} cannot be read: {e.strerror}") from e
-    key = (str(path), stat.st_mtime_ns, stat.st_size)
-    reader = _LOCAL.readers.pop(key, None) or VideoReader(path)
+    key = (str(path), stat.st_mtime_ns, stat.st_size, depth)
+    reader = _LOCAL.readers.pop(key, None) or VideoReader(path, depth)
     _LOCAL.readers[key] = reader
     while len(_LOCAL.readers) > MAX_OPEN: _LOCAL.readers.popitem(last=False)[1].close()
     return reader

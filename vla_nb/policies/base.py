@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, TASK, UserError
+from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, TASK, UserError, require_keys
 from ..networks.paligemma import resolve_layer
 from ..processors.normalize import as_features
 from ..processors.text import pad_rows
@@ -138,10 +138,7 @@ def check_observation(self: Policy,
 ) -> dict:              # the policy's own keys only, pictures channels-first
     "Name what is missing, turn pictures to channels-first."
     wanted = [*self.config.input_features, TASK]
-    missing = [k for k in wanted if k not in observation]
-    if missing:
-        raise UserError(f"The observation lacks {missing[0]!r}: {self.name} was trained with {wanted}, "
-                        f"got {sorted(observation)}; rename the keys.")
+    require_keys(f"{self.name} was trained with {', '.join(wanted)}: the observation", wanted, observation)
     out = {k: observation[k] if k == TASK else np.asarray(observation[k]) for k in wanted}
     for k in self.cameras:
         x = out[k]

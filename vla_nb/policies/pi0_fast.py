@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.types import ACTION, OBS_STATE, Feature, UserError
+from ..core.types import ACTION, OBS_STATE, Feature, UserError, require_keys
 from ..networks.paligemma import PaliGemma, Prefix
 from ..networks.vision import ConvStem, SiglipTower
 from . import store  # gives every policy save_pretrained and from_pretrained
@@ -165,10 +165,7 @@ def pictures(self: Pi0FastPolicy,
     augment: bool = False,  # shift at random
 ) -> torch.Tensor:          # [B, cameras, 3, S, S] in [−1, 1], dtype of the weights
     "Stack, resize, shift and scale the cameras."
-    missing = [k for k in self.cameras if k not in batch]
-    if missing:
-        raise UserError(f"The batch lacks {missing[0]!r}: the policy reads {self.cameras}, "
-                        f"the batch has {sorted(batch)}; rename the keys.")
+    require_keys("the batch", self.cameras, batch)
     c, resize = self.config, resize_area if self.config.image_resize == "area" else resize_with_pad
     x = torch.stack([resize(batch[k], c.image_size) for k in self.cameras], 1)
     if augment and c.random_shift: x = random_shift(x.flatten(0, 1), c.random_shift).unflatten(0, x.shape[:2])

@@ -21,7 +21,7 @@ import vla_nb
 from ..core.config import apply_flags, parse_flags, to_dict
 from ..core.files import file_lock, read_json, read_jsonl, sha256_file, write_json
 from ..core.settings import settings
-from ..core.types import ACTION, OBS_STATE, UserError, features_from_dataset
+from ..core.types import ACTION, OBS_STATE, UserError, features_from_dataset, require_keys
 from ..core.versions import installed_version, revision
 from ..craft.constraint import craft_config
 from ..craft.hook import CraftHook
@@ -90,8 +90,7 @@ def picture_shape(
 ) -> Shape:                 # of every sample
     "The size pictures are read at: the policy's own where it averages areas too, else the dataset's."
     cameras = [k for k, f in config.input_features.items() if f.type == "VISUAL"]
-    missing = [c for c in cameras if c not in meta.camera_keys]
-    if missing: raise UserError(f"the policy reads {missing[0]!r}; {meta.root} has {', '.join(meta.camera_keys)}.")
+    require_keys(f"the dataset {meta.root}", cameras, meta.camera_keys)
     sizes = {tuple(f.shape[1:]) for k, f in features_from_dataset(meta.features).items() if k in cameras}
     if len(sizes) > 1: raise UserError(f"the cameras of {meta.root} have sizes {sorted(sizes)}; one size is needed.")
     size = sizes.pop()
