@@ -339,7 +339,7 @@ def test_verify_finds_wrong_rows(tiny):
     index[20] += 1
     pq.write_table(table.set_column(table.column_names.index("index"), "index", pa.array(index)), path)
     bad = [r for r in verify_dataset(tiny) if not r.ok]
-    assert "row 20: index is 21, its position says 20" in bad[0].detail
+    assert "row 20 of all, episode 1, frame 8): index is 21, its position says 20" in bad[0].detail
 
 
 def test_verify_finds_a_lost_video_frame(tiny):

@@ -37,6 +37,8 @@ COMMANDS = {  # data, anchors, questions
                          "datasets.edit:EditOptions"),
     "data diff": Command("datasets.diff:main", "compare two data sets, row by row and picture by picture",
                          "A B [options]", "datasets.diff:DiffOptions"),
+    "data repair": Command("datasets.repair:main", "make a damaged data set readable; the damaged one waits beside it",
+                           "FOLDER [options]", "datasets.repair:RepairOptions"),
     "tokenizer fit": Command("apps.tokenizer:main", "fit the word tokenizer and the action codec of a data set",
                              "--dataset=FOLDER --out=FOLDER [options]", "apps.tokenizer:FitOptions"),
     "anchors build": Command("apps.anchors:build", "store what the starting policy says or feels on anchor samples",

@@ -170,6 +170,7 @@ def write_info(
         "total_episodes": episodes, "total_frames": frames, "total_tasks": len(about.tasks),
         "splits": about.splits or {"train": f"0:{episodes}"}})
 
+# %% ../../nbs/datasets/118_build.ipynb #016a0e8a
 def described(about: About, root: Path) -> dict:
     "The features with what the first file of each camera says about its codec."
     features = {k: f | {"shape": list(f["shape"])} for k, f in about.features.items()}

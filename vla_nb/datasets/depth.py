@@ -20,7 +20,8 @@ def is_depth(
 def depth_law(feature: dict) -> tuple:
     "(from metres to the scale on which codes are even, back, its two ends)."
     info = feature.get("info") or {}
-    low, high, shift = (float(info.get(f"video.{k}", d)) for k, d in (("depth_min", 0.01), ("depth_max", 10.0), ("shift", 3.5)))
+    defaults = {"depth_min": 0.01, "depth_max": 10.0, "shift": 3.5}
+    low, high, shift = (float(info.get(f"video.{k}", d)) for k, d in defaults.items())
     if not info.get("video.use_log", True): return (lambda d: d), (lambda t: t), low, high
     return (lambda d: np.log(d + shift)), (lambda t: np.exp(t) - shift), np.log(low + shift), np.log(high + shift)
 

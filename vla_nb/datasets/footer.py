@@ -121,6 +121,7 @@ def walk_pages(data: bytes) -> list:  # [Page, …]
         at = end
     return pages
 
+# %% ../../nbs/datasets/186_footer.ipynb #bfa49142
 def take_column(pages: list, at: int, values: int):
     "Position after the pages of a column with so many values; None when they do not come out even."
     at += at < len(pages) and pages[at].first

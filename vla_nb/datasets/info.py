@@ -19,8 +19,8 @@ def unfinished(
     root: Path,  # dataset folder
 ) -> str:  # advice
     "What to do about a dataset that is not whole."
-    if not (Path(root) / ".journal").is_dir(): return "the dataset is incomplete; `vla-nb data repair` keeps what it can"
-    return f"its recording was not completed: run DatasetWriter.resume({str(root)!r}).finalize(), or `vla-nb data repair`"
+    if not (Path(root) / ".journal").is_dir(): return "the dataset is incomplete; try `vla-nb data repair`"
+    return f"its recording was not completed: run DatasetWriter.resume({str(root)!r}).finalize()"
 
 # %% ../../nbs/datasets/104_info.ipynb #c10530ed
 FIELD = re.compile(r"\{(?:video_key|(?:chunk|file)_index(?::0?\d?d)?)\}")
@@ -73,6 +73,7 @@ def check_feature(
     if dtype in ("image", "video") and len(shape) != 3: raise wrong(f"is a camera and has shape {shape}, not (H, W, C)")
     if not isinstance(feature.get("info") or {}, dict): raise wrong("has an 'info' that is not a table")
 
+# %% ../../nbs/datasets/104_info.ipynb #63117f49
 def check_info(
     info,   # content of info.json
     where,  # the file, for the message
@@ -92,7 +93,7 @@ def check_info(
     if any(f["dtype"] == "video" for f in info["features"].values()) and not info.get("video_path"):
         raise UserError(f"{where} has a camera with dtype video, but no video_path")
 
-# %% ../../nbs/datasets/104_info.ipynb #63117f49
+# %% ../../nbs/datasets/104_info.ipynb #17be47ca
 KINDS = {"number": pa.types.is_integer, "time": lambda t: pa.types.is_floating(t) or pa.types.is_integer(t),
          "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
          "texts": lambda t: (pa.types.is_list(t) or pa.types.is_large_list(t)) and KINDS["text"](t.value_type)}
@@ -117,6 +118,7 @@ def check_columns(
             bad = np.flatnonzero(~(np.abs(column.to_numpy().astype(np.float64)) < 2**53))
             if len(bad): raise UserError(f"{where}, row {bad[0]}: {name} is {column[int(bad[0])]}")
 
+# %% ../../nbs/datasets/104_info.ipynb #85a9b331
 EPISODE = {"episode_index": "number", "length": "number", "dataset_from_index": "number",
            "dataset_to_index": "number", "data/chunk_index": "number", "data/file_index": "number", "tasks": "texts"}
 

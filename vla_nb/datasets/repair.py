@@ -25,7 +25,7 @@ from .info import BOOKKEEPING
 from .layout import PICTURE, check_features, write_tasks
 from .lerobot import DatasetMetadata, read_info, read_table, read_tasks, stored_images
 from .verify import verify_dataset
-from .video import VideoReader, video_info
+from .video import VideoReader, video_info, video_reader
 from .writer import DatasetWriter, recorded
 
 # %% ../../nbs/datasets/187_repair.ipynb #1f9c8a2f
@@ -74,17 +74,24 @@ def read_rows(self: Salvage):
         if (table := self.try_to(read_table, path)) is None: torn.append((path, target)); continue
         if not self.info: self.info = {"features": guess_features(table, path)}
         os.link(path, target)
-        self.tables[target] = table
+        self.keep_table(target, table)
     if not self.info: raise UserError(f"{self.root}: neither info.json nor a data file can be read: nothing is left")
     self.guess_cameras()
     self.info["features"] = {k: f | {"shape": tuple(f["shape"])} for k, f in self.features.items()}
     for path, target in torn:
         if (rows := self.try_to(rebuild_footer, path, self.features, target)) is None: continue
-        self.notes[-1:] = [*self.notes[-1:], f"{path}: {rows} rows were recovered without its footer"]
-        self.tables[target] = read_table(target)
-    pictures = [k for k, f in self.features.items() if f["dtype"] == "image"]
-    self.tables = {p: t.drop_columns(pictures) for p, t in sorted(self.tables.items())}
+        self.notes.append(f"{path}: {rows} rows were recovered without its footer")
+        self.keep_table(target, read_table(target))
+    self.tables = dict(sorted(self.tables.items()))
 
+@patch
+def keep_table(self: Salvage, path, table):
+    "Remember the counters of a data file's rows."
+    missing = [k for k in BOOKKEEPING if k not in table.column_names]
+    if missing: self.notes.append(f"{path.relative_to(self.view)} lacks {', '.join(missing)}: its rows are lost")
+    else: self.tables[path] = table.select(BOOKKEEPING)
+
+# %% ../../nbs/datasets/187_repair.ipynb #4da1b1b3
 def guess_features(table: pa.Table, path: Path) -> dict:
     "Features as the first row shows them."
     found = {}
@@ -119,7 +126,7 @@ def guess_rate(self: Salvage) -> int:
     if not len(steps): raise UserError(f"{self.root}: info.json is lost and no time stamp tells the frame rate")
     return round(1 / float(np.median(steps)))
 
-# %% ../../nbs/datasets/187_repair.ipynb #4da1b1b3
+# %% ../../nbs/datasets/187_repair.ipynb #ab4994d2
 @patch
 def find_episodes(self: Salvage):
     "Split the rows into episodes."
@@ -135,11 +142,12 @@ def find_episodes(self: Salvage):
                 **{f"data/{k}": v for k, v in place_of(path).items()}, "global": int(table["index"][a].as_py()),
                 "task_index": list(dict.fromkeys(table["task_index"][a:b].to_pylist())), "old": old})
             if frame[a] != 0 or b - a != old.get("length", b - a):
-                whole = f" of {old['length']}" if old else ""
+                whole = f" of {old['length']}" if "length" in old else ""
                 have = f"{b - a}{whole} of its rows, from frame {frame[a]}"
                 self.lose(self.found[-1], f"{path.relative_to(self.view)} has {have}")
         first += len(number)
 
+# %% ../../nbs/datasets/187_repair.ipynb #39ffb05b
 @patch
 def lose(self: Salvage, episode, why):
     "Leave an episode out."
@@ -184,7 +192,7 @@ def check_pictures(self: Salvage, episode, path, first):
     if self.counts.get(path) is None: return self.lose(episode, f"{where} is missing or cannot be opened")
     if last >= self.counts[path]:
         return self.lose(episode, f"{where} holds {self.counts[path]} pictures, {last + 1} are needed")
-    try: VideoReader(path).frames([first, last])
+    try: video_reader(path).frames([first, last])
     except UserError as e: self.lose(episode, str(e))
 
 # %% ../../nbs/datasets/187_repair.ipynb #6610f36c
@@ -251,7 +259,7 @@ def salvage(
     left = Salvage(root, view)
     left.read_meta()
     left.read_rows()
-    left.info.setdefault("fps", left.guess_rate() if "fps" not in left.info else None)
+    if "fps" not in left.info: left.info["fps"] = left.guess_rate()
     left.find_episodes()
     left.missing_episodes()
     for key in left.cameras: left.find_pictures(key)
@@ -266,7 +274,7 @@ def complete_recording(root: Path) -> list[str]:
     writer.finalize() if writer.total_episodes else writer._close()
     return torn + [f"an interrupted recording was completed: {writer.total_episodes} episodes"]
 
-# %% ../../nbs/datasets/187_repair.ipynb #ab4994d2
+# %% ../../nbs/datasets/187_repair.ipynb #9aaa9068
 @dataclass(frozen=True)
 class RepairOptions:
     "Flags of `vla-nb data repair`."
@@ -295,6 +303,7 @@ def repair(
     finally: shutil.rmtree(view, ignore_errors=True)
     return notes + found + [where]
 
+# %% ../../nbs/datasets/187_repair.ipynb #77b15b0e
 def main(
     argv: list[str],  # words after `data repair`
 ) -> int:             # exit status

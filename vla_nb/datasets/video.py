@@ -89,17 +89,19 @@ def encode_video(
 def frame_table(
     container,  # opened av container
     stream,  # its video stream
-) -> tuple:  # (ticks int64 [N] in display order, positions of the key frames int64 [K])
+) -> tuple:  # (ticks int64 [N] in display order, positions of the key frames int64 [K], where to seek for each [K])
     "Time stamp of every frame, without decoding."
     entries = list(stream.index_entries)
     ticks = np.array([e.timestamp for e in entries], np.int64)
-    if len(ticks) > 1 and np.ptp(np.diff(ticks)) <= 1:
-        keys = np.flatnonzero([e.is_keyframe for e in entries])
-        return ticks - ticks[0] + (stream.start_time or 0), keys
-    packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
+    open_groups = stream.codec_context.name == "hevc" and stream.codec_context.has_b_frames   # frames shown before the
+    if len(ticks) > 1 and np.ptp(np.diff(ticks)) <= 1 and not open_groups:                    # key that they follow
+        keys, ticks = np.flatnonzero([e.is_keyframe for e in entries]), ticks - ticks[0] + (stream.start_time or 0)
+        return ticks, keys, ticks[keys]
+    packets = [(p.pts, p.is_keyframe, p.dts) for p in container.demux(stream) if p.pts is not None]
     container.seek(0, stream=stream)
     packets.sort()
-    return np.array([t for t, _ in packets], np.int64), np.flatnonzero([k for _, k in packets])
+    keys = np.flatnonzero([k for _, k, _ in packets])
+    return np.array([t for t, _, _ in packets], np.int64), keys, [packets[k][2] for k in keys]
 
 # %% ../../nbs/datasets/100_video.ipynb #3af676a9
 class VideoReader:
@@ -113,12 +115,12 @@ class VideoReader:
         self.path, self.depth = Path(path), depth
         if not self.path.is_file(): raise UserError(f"video file {path} does not exist")
         try:
-            self._file = av.open(str(path))
+            self._file = av.open(str(path), metadata_errors="ignore")   # a title that is no text harms nobody
             self._stream = self._file.streams.video[0]
             if self._stream.codec_context is None: raise UserError(f"{path} is in a video codec that cannot be read")
             self._stream.codec_context.thread_count = 1
             self._stream.codec_context.options = {"err_detect": "explode"}  # an error instead of a patched-up picture
-            self._ticks, self._keys = frame_table(self._file, self._stream)
+            self._ticks, self._keys, self._seek = frame_table(self._file, self._stream)
         except (av.error.FFmpegError, IndexError) as e:
             raise UserError(f"cannot open video {path}: {e}; the file is truncated or not a video") from e
         if not len(self._keys): raise UserError(f"video {path} holds no picture; the file is truncated or damaged")
@@ -131,9 +133,9 @@ class VideoReader:
 @patch
 def _decode(self: VideoReader, i):
     "RGB picture number i."
-    key = int(self._keys[max(np.searchsorted(self._keys, i, side="right") - 1, 0)])
-    if not 0 <= self._next <= i or key > self._next + self.SKIP:
-        self._file.seek(int(self._ticks[key]), stream=self._stream)
+    k = max(np.searchsorted(self._keys, i, side="right") - 1, 0)
+    if not 0 <= self._next <= i or self._keys[k] > self._next + self.SKIP:
+        self._file.seek(int(self._seek[k]), stream=self._stream)
         self._frames = self._file.decode(self._stream)
     for frame in self._frames:
         at = int(np.searchsorted(self._ticks, frame.pts))
@@ -153,6 +155,7 @@ def _levels(self: VideoReader, frame):
     lines = np.frombuffer(frame.planes[0], np.uint16).reshape(frame.height, -1)
     return lines[:, :frame.width, None]
 
+# %% ../../nbs/datasets/100_video.ipynb #513061d2
 @patch
 def frames(self: VideoReader,
     indices,  # frame numbers [n], any order, repeats allowed
@@ -161,7 +164,8 @@ def frames(self: VideoReader,
     wanted, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
         raise UserError(f"{self.path} holds {len(self)} frames; frame {wanted[-1]} was asked for (file truncated?)")
-    out = np.empty((len(wanted), self.height, self.width, 1 if self.depth else 3), np.uint16 if self.depth else np.uint8)
+    channels, kind = (1, np.uint16) if self.depth else (3, np.uint8)
+    out = np.empty((len(wanted), self.height, self.width, channels), kind)
     try:
         for k, i in enumerate(wanted.tolist()): out[k] = self._decode(i)
     except av.error.FFmpegError as e:

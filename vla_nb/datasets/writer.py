@@ -100,7 +100,7 @@ def _setup(self: DatasetWriter, root, config):
     self.tasks = list(self._old.tasks) if info else []
     self.total_frames, self._records = info["total_frames"] if info else 0, []
     self._collect()
-    write_json(self.journal / "writer.json", config)
+    write_json(self.journal / "writer.json", config | {"committed": self._committed})
 
 @patch
 def _remember(self: DatasetWriter, record):
@@ -113,9 +113,11 @@ def _remember(self: DatasetWriter, record):
 @patch
 def _sweep(self: DatasetWriter, info):
     "Clear what an interrupted recorder left: unsaved frames, and packed files that no committed episode names."
+    rows = episode_rows(self.root)[:info["total_episodes"]] if info else []
+    if len(rows) < (info["total_episodes"] if info else self.config.get("committed", 0)):   # packed files may be all
+        raise UserError(f"{self.root}: metadata of episodes that were complete is lost; run `vla-nb data repair`")
     for path in self.root.rglob(".*.tmp"): path.unlink()
     for folder in sorted(self.journal.glob(".episode-*")): self._set_aside(folder, "it was not saved")
-    rows = episode_rows(self.root)[:info["total_episodes"]] if info else []
     cameras = [k for k, f in self.features.items() if f["dtype"] == "video"]
     for prefix in ["data", "meta/episodes", *(f"videos/{k}" for k in cameras)]:
         last = max(((r[f"{prefix}/chunk_index"], r[f"{prefix}/file_index"]) for r in rows), default=(-1, -1))

@@ -2,7 +2,8 @@
 
     python make.py write      with vla_nb installed: records written/
     python make.py record     with lerobot 0.4.4 installed: records recorded/ (several files) and recorded_hevc/
-    python make.py read       with lerobot 0.4.4 installed: writes <dataset>.safetensors, what LeRobot reads from each
+    python make.py read       with lerobot 0.4.4 installed: writes <dataset>.safetensors, what LeRobot reads from each; of
+                              written/ only the videos stay, which depend on the encoder's version
 
 Every dataset has several files (the second recording resumes the first), episodes with several tasks, flags, whole numbers,
 a matrix, a text, a camera as video and one as pictures in rows. The peer environment: ../lerobot_dataset/make.py.
@@ -89,6 +90,8 @@ def read():
         tensors, notes = collect(LeRobotDataset, HERE / name, video_backend="torchcodec")
         save_file(tensors, HERE / f"{name}.safetensors", notes)
         print(name, len(tensors), "tensors")
+    for part in ("data", "meta"): shutil.rmtree(HERE / "written" / part)
+    (HERE / "written/README.md").unlink()
 
 
 if __name__ == "__main__": {"write": write, "record": record, "read": read}[sys.argv[1]]()
