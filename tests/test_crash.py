@@ -199,7 +199,7 @@ def test_power_loss_at_every_moment(disk, monkeypatch):
     writer.finalize()
     moments = list(disk.moments)
     monkeypatch.undo()
-    assert len(moments) > 80
+    assert len(moments) > 60
     for image, promised in moments:
         try: assert (image / "set").is_dir() or not promised; check(image / "set", promised)
         except (UserError, AssertionError) as e: raise AssertionError(f"{image.name}, {promised} promised: {e}") from e
