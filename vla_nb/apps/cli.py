@@ -72,6 +72,15 @@ COMMANDS |= {
                       "[--study=FOLDER] [--output=FOLDER]"),
 }
 
+COMMANDS |= {  # data sets in the layout of TensorFlow Datasets
+    "rlds index": Command("datasets.rlds_command:main_index", "note where every episode, step and picture lies",
+                          "FOLDER [options]", "datasets.rlds_command:IndexOptions"),
+    "rlds stats": Command("datasets.rlds_command:main_stats", "write dataset_statistics.json of actions and states",
+                          "FOLDER --output=FILE [options]", "datasets.rlds_command:StatsOptions"),
+    "rlds verify": Command("datasets.rlds_command:main_verify", "prove checksums, counts, shapes, values and pictures",
+                           "FOLDER [--manifest=NAME] [--deep] [options]", "datasets.rlds_command:VerifyOptions"),
+}
+
 # %% ../../nbs/apps/990_cli.ipynb #48a182c4
 def help_text(
     commands: dict, # name -> Command
