@@ -19,6 +19,7 @@ from vla_nb.core.files import read_json, write_json
 from vla_nb.core.types import UserError
 from vla_nb.datasets.build import data_writer
 from vla_nb.datasets.depth import depth_codes, depth_of_codes
+from vla_nb.datasets.edit import Plan, assemble, delete, undo
 from vla_nb.datasets.fake import fake_dataset
 from vla_nb.datasets.layout import write_tasks
 from vla_nb.datasets.lerobot import LeRobotDataset, episode_rows
@@ -132,6 +133,7 @@ def test_depth_videos_and_pictures_are_millimetres(tmp_path):
         assert depth.dtype == torch.float32 and depth.shape == (1, 16, 24)
         assert np.array_equal(depth.numpy()[0], depth_of_codes(depth_codes(mm[i], video), video)) and np.abs(depth.numpy()[0] - mm[i]).max() < 1.1
         assert np.array_equal(ds[i]["observation.images.hand_depth"][1, 0].numpy(), near[i])
+    with pytest.raises(UserError, match="depth is not encoded again"): assemble(delete(ds.meta, "0"), tmp_path / "b")
 
 
 def test_subtasks_and_language_columns(tmp_path):
@@ -141,15 +143,16 @@ def test_subtasks_and_language_columns(tmp_path):
     content["features"] |= {"subtask_index": {"dtype": "int64", "shape": [1], "names": None},
                             "language_events": {"dtype": "language", "shape": [1], "names": None}}
     write_json(root / "meta/info.json", content)
-    write_tasks(root / "meta/subtasks.parquet", ["reach", "push"])
-    names = pq.read_table(root / "meta/subtasks.parquet")
-    pq.write_table(names.rename_columns(["subtask_index", "subtask"]), root / "meta/subtasks.parquet")
+    write_tasks(root / "meta/subtasks.parquet", ["reach", "push"], "subtask")
     said = [[{"role": "user", "content": "now", "style": "interjection", "camera": None}]] + [[]] * 5
     table = pq.read_table(root / DATA).append_column("subtask_index", pa.array([0, 0, 1, 1, 0, 1]))
     pq.write_table(table.append_column("language_events", pa.array(said)), root / DATA)
     ds = LeRobotDataset(root)
     assert [ds[i]["subtask"] for i in range(6)] == ["reach", "reach", "push", "push", "reach", "push"]
     assert ds[0]["language_events"] == said[0] and ds[1]["language_events"] == []
+    with pytest.raises(UserError, match="are read, not written"): assemble(delete(ds.meta, "0"), tmp_path / "b")
+    rest = LeRobotDataset(assemble(Plan([(ds.meta, 1)], drop=("language_events",)), tmp_path / "c"))
+    assert [rest[i]["subtask"] for i in range(3)] == ["push", "reach", "push"]
 
 
 # --- verify names file and row ----------------------------------------------------------------------------------------
@@ -247,6 +250,23 @@ def test_repair_after_lerobots_recorder_died(make, tmp_path):
     assert (tmp_path / "a_old/meta/info.json").is_file()
 
 
+def test_repair_of_what_a_killed_lerobot_left(make, tmp_path):
+    "Really killed: no footer of the rows, no table of episodes; every saved frame comes back with its task and its picture."
+    root = shutil.copytree(GOLDENS / "killed", tmp_path / "a")
+    with pytest.raises(UserError): LeRobotDataset(root)
+    notes = repair(root)
+    assert any("15 rows were recovered without its footer" in n for n in notes), notes
+    ds, at = LeRobotDataset(root, return_uint8=True), 0
+    for e, n in enumerate(make.LENGTHS):
+        for i, frame in enumerate(make.frames(e, make.VIDEO | make.STATE)):
+            item = ds[at + i]
+            assert np.array_equal(item["observation.state"], frame["observation.state"]) and item["task"] == frame["task"]
+            assert item["episode_index"] == e and item["frame_index"] == i
+            assert abs(float(item[CAMERA].float().mean()) - frame[CAMERA].mean()) < 8
+        at += n
+    assert len(ds) == at and not failures(root, deep=True)
+
+
 @pytest.mark.parametrize("dtype", ["video", "image"])
 def test_repair_without_any_metadata(tmp_path, dtype):
     "Only rows and pictures are left: rate, shapes and episodes come back; texts of tasks do not."
@@ -279,7 +299,6 @@ def test_repair_sets_aside_what_is_lost(tmp_path, capsys):
     for e in (0, 1): assert f"episode {e} is lost: videos/{CAMERA}/chunk-000/file-000.mp4" in said
     for e in (4, 5): assert f"episode {e} is lost: none of its rows can be read" in said
     assert_equal_episodes(root, whole, [2, 3])
-    from vla_nb.datasets.edit import undo
     undo(root)
     assert (root / "data/chunk-000/file-002.parquet").read_bytes() == b"PAR1 and nothing"
 

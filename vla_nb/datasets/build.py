@@ -176,7 +176,8 @@ def described(about: About, root: Path) -> dict:
     features = {k: f | {"shape": list(f["shape"])} for k, f in about.features.items()}
     for k in about.video_keys:
         if "video.codec" not in (features[k].get("info") or {}):
-            features[k]["info"] = video_info(root / VIDEO_PATH.format(video_key=k, chunk_index=0, file_index=0))
+            seen = video_info(root / VIDEO_PATH.format(video_key=k, chunk_index=0, file_index=0))
+            features[k]["info"] = seen | (features[k].get("info") or {})
     return features
 
 def split_stats(

@@ -20,7 +20,8 @@ from ..core.progress import bar
 from ..core.stats import Stats, compute_stats
 from ..core.types import UserError
 from .build import DATA_PATH, About, cast_column, column_values, data_writer, join_part, write_meta
-from .layout import DEFAULTS, data_schema
+from .depth import is_depth
+from .layout import DEFAULTS, data_schema, write_tasks
 from .lerobot import DatasetMetadata, episode_rows, read_table, select_episodes
 from .video import CODECS, VideoReader, can_copy, codec_header, encode_video, packet_table
 from .writer import group_sizes
@@ -39,7 +40,7 @@ class Plan:
         if not self.parts: raise UserError("no episode is left; a dataset needs at least one")
         first = self.parts[0][0]
         for m in dict.fromkeys(m for m, _ in self.parts):
-            for what in ("fps", "robot_type"):
+            for what in ("fps", "robot_type", "subtasks"):
                 a, b = getattr(first, what), getattr(m, what)
                 if a != b: raise UserError(f"{first.root} and {m.root} differ in {what}: {a} and {b}")
             for k in first.features.keys() | m.features.keys():
@@ -97,6 +98,7 @@ def video_parts(
         first = round(meta.episodes[e][f"videos/{key}/from_timestamp"] * meta.fps)
         size = path.stat().st_size * n // max(len(table(path)[0]), 1)
         if not can_copy(table(path), first, n):
+            if is_depth(meta.features[key]): raise UserError(f"{path}: depth is not encoded again, cut elsewhere")
             codec = (meta.features[key].get("info") or {}).get("video.codec", "h264")
             fresh, reader = scratch / f"{key}-{i:06d}.mp4", VideoReader(path)
             pictures = (reader.frames([j])[0] for j in range(first, first + n))
@@ -141,6 +143,7 @@ def write_plan(plan: Plan, work: Path, title: str, data_mb: int, video_mb: int):
                             f"{prefix}/to_timestamp": (at + rows[i]["length"]) / about.fps}
                 at += rows[i]["length"]
     shutil.rmtree(scratch)
+    if "subtask_index" in features: write_tasks(work / "meta/subtasks.parquet", first.subtasks, "subtask")
     write_meta(about, rows, work)
 
 # %% ../../nbs/datasets/180_edit.ipynb #21705fee

@@ -51,6 +51,8 @@ def arrow_type(
 ) -> pa.DataType:  # type of the parquet column
     "The Arrow type of a feature."
     if feature["dtype"] == "image": return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    if feature["dtype"] == "language":
+        raise UserError("columns of dtype 'language' are read, not written: leave them out (`vla-nb data edit drop`)")
     kind = pa.string() if feature["dtype"] == "string" else pa.from_numpy_dtype(np.dtype(feature["dtype"]))
     shape = tuple(feature["shape"])
     if shape == (1,): return kind
@@ -98,14 +100,15 @@ def episode_table(
 def write_tasks(
     path,  # tasks.parquet to write
     tasks: list,  # texts; position = task_index
+    kind: str = "task",  # or "subtask", for meta/subtasks.parquet
 ):
     "Write the task table as pandas would: one column, and an index named `task`."
-    kinds = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
-    meta = {"index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
+    kinds = [(f"{kind}_index", "int64", "int64"), (kind, "unicode", "object")]
+    meta = {"index_columns": [kind], "column_indexes": [], "pandas_version": "2.0.0",
             "creator": {"library": "pyarrow", "version": pa.__version__},
             "columns": [{"name": n, "field_name": n, "pandas_type": p, "numpy_type": d, "metadata": None}
                         for n, p, d in kinds]}
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    table = pa.table({f"{kind}_index": pa.array(range(len(tasks)), pa.int64()), kind: pa.array(tasks, pa.string())})
     with atomic_write(path) as f: pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(meta)}), f)
 
 # %% ../../nbs/datasets/115_layout.ipynb #88e61dc3

@@ -246,6 +246,7 @@ def write_view(self: Salvage) -> DatasetMetadata:
     about = About(self.info["fps"], self.features, texts, self.info.get("robot_type"), self.root.name)
     write_episodes(rows, self.view)
     write_tasks(self.view / "meta/tasks.parquet", texts)
+    if "subtask_index" in self.features: shutil.copy(self.root / "meta/subtasks.parquet", self.view / "meta")
     write_info(about, len(rows), sum(e["length"] for e in rows), self.view,
                {"features": {k: f | {"shape": list(f["shape"])} for k, f in self.features.items()}})
     return DatasetMetadata(self.view)

@@ -2,6 +2,7 @@
 
     python make.py write      with vla_nb installed: records written/
     python make.py record     with lerobot 0.4.4 installed: records recorded/ (several files) and recorded_hevc/
+    python make.py kill       with lerobot 0.4.4 installed: records killed/, whose recorder gets SIGKILL before it can finish
     python make.py read       with lerobot 0.4.4 installed: writes <dataset>.safetensors, what LeRobot reads from each; of
                               written/ only the videos stay, which depend on the encoder's version
 
@@ -67,6 +68,28 @@ def record():
         for folder in ("images", "tmp"): shutil.rmtree(root / folder, ignore_errors=True)
 
 
+def kill():
+    "Record with LeRobot in a process that is killed after its last saved episode: parquet files stay without a footer."
+    import multiprocessing
+    shutil.rmtree(HERE / "killed", ignore_errors=True)
+    process = multiprocessing.Process(target=record_and_die)
+    process.start()
+    process.join()
+    shutil.rmtree(HERE / "killed/images", ignore_errors=True)
+
+
+def record_and_die():
+    "The process that is killed."
+    import os
+    import signal
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    dataset = LeRobotDataset.create("golden/killed", FPS, VIDEO | STATE, HERE / "killed", "golden", vcodec="h264")
+    for e in range(3):
+        for frame in frames(e, VIDEO | STATE): dataset.add_frame(frame)
+        dataset.save_episode()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def collect(dataset_class, root, **options):
     "Every frame as a reader returns it, windows at some, and an episode by itself; texts as JSON."
     keys = json.loads((Path(root) / "meta/info.json").read_text())["features"]
@@ -94,4 +117,4 @@ def read():
     (HERE / "written/README.md").unlink()
 
 
-if __name__ == "__main__": {"write": write, "record": record, "read": read}[sys.argv[1]]()
+if __name__ == "__main__": {"write": write, "record": record, "kill": kill, "read": read}[sys.argv[1]]()
