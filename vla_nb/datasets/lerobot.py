@@ -242,6 +242,7 @@ def column_array(
     n = len(array)
     if isinstance(array, pa.ChunkedArray): array = pa.concat_arrays(array.chunks)
     while pa.types.is_nested(array.type) or isinstance(array, pa.ExtensionArray):
+        if pa.types.is_struct(array.type): raise ValueError(f"a column holds {array.type}, not {feature['dtype']}")
         array = array.storage if isinstance(array, pa.ExtensionArray) else array.flatten()
     values = array.to_numpy(zero_copy_only=False)
     kind = {"f": np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}[np.dtype(feature["dtype"]).kind]
