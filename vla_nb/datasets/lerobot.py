@@ -23,7 +23,7 @@ from ..core.settings import settings
 from ..core.stats import Stats
 from ..core.types import UserError
 from .depth import depth_of_codes, depth_of_numbers, is_depth
-from .info import check_columns, check_info, episode_columns, unfinished
+from .info import check_columns, check_info, episode_columns, reason, unfinished
 from .video import video_reader
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #9a0300e8
@@ -91,7 +91,7 @@ def read_table(
         table = file.read(columns=columns, use_threads=False)
     except FileNotFoundError as e: raise UserError(f"{path} is missing; the dataset is incomplete") from e
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {str(e).splitlines()[0][:200]}; the file is truncated or damaged") from e
+        raise UserError(f"cannot read {path}: {reason(e)}; the file is truncated or damaged") from e
     missing = [n for n in columns or [] if n not in table.column_names]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)} of info.json, it has "
@@ -282,7 +282,7 @@ def read_columns(self: DatasetMetadata,
 def _image_group(path: str, group: int, key: str, stamp: int):
     "The encoded pictures of one row group."
     try: return pq.ParquetFile(path, memory_map=True).read_row_group(group, columns=[key], use_threads=False)[key]
-    except (pa.ArrowException, OSError) as e: raise UserError(f"cannot read pictures of {path}: {e}") from e
+    except (pa.ArrowException, OSError) as e: raise UserError(f"cannot read pictures of {path}: {reason(e)}") from e
 
 @lru_cache(maxsize=256)
 def _group_starts(path: str, stamp: int):

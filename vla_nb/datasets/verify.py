@@ -19,7 +19,7 @@ from ..core.progress import bar
 from ..core.stats import compute_stats
 from ..core.types import UserError
 from .layout import DEFAULTS
-from .info import unfinished
+from .info import reason, unfinished
 from .lerobot import DatasetMetadata, LeRobotDataset, read_info
 from .video import video_reader
 
@@ -79,8 +79,7 @@ def check_features(root: Path, deep: bool) -> str:
     for path in meta.data_files():
         try: names = pq.read_schema(path).names
         except (pa.ArrowException, OSError) as e:
-            why = str(e).splitlines()[0][:200]
-            raise UserError(f"{path.relative_to(root)} cannot be read ({why}); {ADVICE}") from e
+            raise UserError(f"{path.relative_to(root)} cannot be read ({reason(e)}); {ADVICE}") from e
         if stored != set(names): raise UserError(f"{path.relative_to(root)}: {differ(stored, set(names))}")
     return f"{len(meta.features)} features, {len(meta.camera_keys)} cameras, {len(files)} files"
 
@@ -107,14 +106,14 @@ def check_pages(meta: DatasetMetadata, path: Path):
     "Read a data file with its checksums."
     where = path.relative_to(meta.root)
     try: file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as e: raise UserError(f"{where} cannot be read: {e}; {ADVICE}") from e
+    except (pa.ArrowException, OSError) as e: raise UserError(f"{where} cannot be read: {reason(e)}; {ADVICE}") from e
     at = 0
     for g in range(file.num_row_groups):
         n = file.metadata.row_group(g).num_rows
         for name in file.schema_arrow.names:
             try: file.read_row_group(g, [name], use_threads=False)
             except (pa.ArrowException, OSError) as e:
-                why = "a checksum is wrong" if "CRC" in str(e) else str(e).splitlines()[0][:200]
+                why = "a checksum is wrong" if "CRC" in str(e) else reason(e)
                 raise UserError(f"{where}, rows {at} to {at + n - 1}, column {name}: {why}; {ADVICE}") from e
         at += n
 
