@@ -809,6 +809,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'vla_nb.datasets.info.is_template': ('datasets/info.html#is_template', 'vla_nb/datasets/info.py'),
                                       'vla_nb.datasets.info.is_whole': ('datasets/info.html#is_whole', 'vla_nb/datasets/info.py'),
                                       'vla_nb.datasets.info.reason': ('datasets/info.html#reason', 'vla_nb/datasets/info.py'),
+                                      'vla_nb.datasets.info.texts_of': ('datasets/info.html#texts_of', 'vla_nb/datasets/info.py'),
                                       'vla_nb.datasets.info.unfinished': ('datasets/info.html#unfinished', 'vla_nb/datasets/info.py')},
             'vla_nb.datasets.layout': { 'vla_nb.datasets.layout.arrow_type': ( 'datasets/layout.html#arrow_type',
                                                                                'vla_nb/datasets/layout.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'RULES', 'BOOKKEEPING', 'KINDS', 'EPISODE', 'reason', 'unfinished', 'is_whole', 'is_template', 'is_splits',
-           'check_feature', 'check_info', 'check_columns', 'episode_columns']
+           'check_feature', 'check_info', 'check_columns', 'texts_of', 'episode_columns']
 
 # %% ../../nbs/datasets/104_info.ipynb #df93f260
 import re
@@ -125,6 +125,16 @@ def check_columns(
             if len(bad): raise UserError(f"{where}, row {bad[0]}: {name} is {column[int(bad[0])]}")
 
 # %% ../../nbs/datasets/104_info.ipynb #85a9b331
+def texts_of(
+    texts: list,          # position = number
+    numbers: np.ndarray,  # int64 [n], of the rows
+    kind: str,            # "task" or "subtask"
+) -> list[str]:
+    "The texts of some rows; a number that stands for none is refused."
+    bad = numbers[(numbers < 0) | (numbers >= len(texts))]
+    if len(bad): raise UserError(f"{kind}_index is {bad[0]}, there are {len(texts)} {kind}s; run `vla-nb data verify`")
+    return [texts[i] for i in numbers.tolist()]
+
 EPISODE = {"episode_index": "number", "length": "number", "dataset_from_index": "number",
            "dataset_to_index": "number", "data/chunk_index": "number", "data/file_index": "number", "tasks": "texts"}
 

@@ -23,7 +23,8 @@ from ..core.settings import settings
 from ..core.stats import Stats
 from ..core.types import UserError
 from .depth import depth_of_codes, depth_of_numbers, is_depth
-from .info import check_columns, check_info, episode_columns, reason, unfinished
+from .info import (
+    check_columns, check_info, episode_columns, reason, texts_of, unfinished)
 from .video import video_reader
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #9a0300e8
@@ -471,9 +472,8 @@ def __getitems__(self: LeRobotDataset,
         window, pad = self._window(key, rows)
         if pad is not None: batch[f"{key}_is_pad"] = pad
         batch[key] = self._column(key, window) if key in self.columns else self._camera(key, window)
-    batch["task"] = [self.meta.tasks[i] for i in self.columns["task_index"][rows].tolist()]
-    if self.meta.subtasks:
-        batch["subtask"] = [self.meta.subtasks[i] for i in self.columns["subtask_index"][rows].tolist()]
+    batch["task"] = texts_of(self.meta.tasks, self.columns["task_index"][rows], "task")
+    if self.meta.subtasks: batch["subtask"] = texts_of(self.meta.subtasks, self.columns["subtask_index"][rows], "subtask")
     items = [{k: v[i] for k, v in batch.items()} for i in range(len(rows))]
     if self.image_transforms is not None:
         for item in items: item.update({k: self.image_transforms(item[k]) for k in self.meta.camera_keys})
