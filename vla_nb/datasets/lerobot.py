@@ -473,7 +473,8 @@ def __getitems__(self: LeRobotDataset,
         if pad is not None: batch[f"{key}_is_pad"] = pad
         batch[key] = self._column(key, window) if key in self.columns else self._camera(key, window)
     batch["task"] = texts_of(self.meta.tasks, self.columns["task_index"][rows], "task")
-    if self.meta.subtasks: batch["subtask"] = texts_of(self.meta.subtasks, self.columns["subtask_index"][rows], "subtask")
+    if self.meta.subtasks:
+        batch["subtask"] = texts_of(self.meta.subtasks, self.columns["subtask_index"][rows], "subtask")
     items = [{k: v[i] for k, v in batch.items()} for i in range(len(rows))]
     if self.image_transforms is not None:
         for item in items: item.update({k: self.image_transforms(item[k]) for k in self.meta.camera_keys})
