@@ -1062,6 +1062,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'vla_nb.datasets.rlds.decode_png': ('datasets/rlds.html#decode_png', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.decode_tensor': ('datasets/rlds.html#decode_tensor', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.interleaved': ('datasets/rlds.html#interleaved', 'vla_nb/datasets/rlds.py'),
+                                      'vla_nb.datasets.rlds.keep_freed_memory': ( 'datasets/rlds.html#keep_freed_memory',
+                                                                                  'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.nested': ('datasets/rlds.html#nested', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.picture_size': ('datasets/rlds.html#picture_size', 'vla_nb/datasets/rlds.py')},
             'vla_nb.datasets.rlds_command': { 'vla_nb.datasets.rlds_command.IndexOptions': ( 'datasets/rlds_command.html#indexoptions',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'OPEN', 'decode_jpeg', 'decode_png', 'decode_deep_png', 'picture_size', 'check_size', 'decode_picture',
-           'decode_pictures', 'decode_tensor', 'decode_bytes', 'decode_many', 'decode_place', 'Shards', 'nested',
-           'Steps', 'RLDSDataset', 'interleaved']
+           'keep_freed_memory', 'decode_pictures', 'decode_tensor', 'decode_bytes', 'decode_many', 'decode_place',
+           'Shards', 'nested', 'Steps', 'RLDSDataset', 'interleaved']
 
 # %% ../../nbs/datasets/185_rlds.ipynb #ffb61a3f
 import io
@@ -85,6 +85,10 @@ def decode_picture(
     return picture
 
 # %% ../../nbs/datasets/185_rlds.ipynb #b96deeec
+def keep_freed_memory():
+    "Let glibc keep freed arrays of up to 32 MB for the next ones of this process."
+    np.empty(31 << 20, np.uint8)   # costs nothing: it is never touched, and freed at once
+
 def decode_pictures(
     stored,       # iterable of n JPEG or PNG files
     n: int,
@@ -207,6 +211,7 @@ class RLDSDataset:
         split: str = "train",
         workers: int = 0,     # processes that make the index when it is not there yet
     ):
+        keep_freed_memory()
         self.place = build_index(root, split, workers)
         self.folder, self.name = read_folder(root), split
         self.split = self.folder.split(split)
