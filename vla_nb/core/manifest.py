@@ -21,7 +21,7 @@ class Manifest:
     title: str                                    # one line for people
     format: str                                   # layout on disk: lerobot_v3.0, lerobot_v2.1, rlds …
     folder: str                                   # folder below the data root
-    source: dict                                  # kind = generator | hub | manual, and what that kind needs
+    source: dict                                  # kind = one of `KINDS`, and what that kind needs
     expect: dict = field(default_factory=dict)    # facts to check: counts, dims, statistics
     how_to_get: str = ""                          # commands or sentences for a person
 
@@ -31,7 +31,7 @@ class Manifest:
         return settings().data_root / self.folder
 
 # %% ../../nbs/core/050_manifest.ipynb #d4aef93a
-KINDS = ("generator", "hub", "manual")
+KINDS = ("generator", "hub", "hf", "mirror", "gs", "rclone", "local", "manual")
 
 def manifest_names() -> list[str]:
     "Names of the manifests of this workspace."
