@@ -39,8 +39,6 @@ COMMANDS = {  # data, anchors, questions
                          "A B [options]", "datasets.diff:DiffOptions"),
     "data repair": Command("datasets.repair:main", "make a damaged data set readable; the damaged one waits beside it",
                            "FOLDER [options]", "datasets.repair:RepairOptions"),
-    "data push": Command("datasets.push:main", "push a checked data set to the Hub, with its card and version tag",
-                         "FOLDER OWNER/NAME [options]", "datasets.push:PushOptions"),
     "tokenizer fit": Command("apps.tokenizer:main", "fit the word tokenizer and the action codec of a data set",
                              "--dataset=FOLDER --out=FOLDER [options]", "apps.tokenizer:FitOptions"),
     "anchors build": Command("apps.anchors:build", "store what the starting policy says or feels on anchor samples",
@@ -64,8 +62,6 @@ COMMANDS |= {
                             "--policy.path=RUN --tasks=NAME,NAME [options]", "evaluation.rollout:Options"),
     "eval retention": Command("apps.anchors:eval_retention", "distance from the starting policy on held-out anchors",
                               "--policy.path=RUN --anchors=FOLDER[,FOLDER] [options]", "apps.anchors:RetentionOptions"),
-    "checkpoint push": Command("policies.store:main", "push a policy to the Hub, with its model card",
-                               "RUN|FOLDER OWNER/NAME [options]", "policies.store:PushOptions"),
     "compare": Command("evaluation.compare:main", "table and paired tests of several evaluated runs",
                        "RUN RUN [RUN …] [--output=FILE]"),
     "experiment list": Command("apps.experiment:list_experiments", "the experiments and what each needs", ""),
@@ -83,6 +79,14 @@ COMMANDS |= {  # data sets in the layout of TensorFlow Datasets
                           "FOLDER --output=FILE [options]", "datasets.rlds_command:StatsOptions"),
     "rlds verify": Command("datasets.rlds_command:main_verify", "prove checksums, counts, shapes, values and pictures",
                            "FOLDER [--manifest=NAME] [--deep] [options]", "datasets.rlds_command:VerifyOptions"),
+}
+
+# %% ../../nbs/apps/990_cli.ipynb #7545eab4
+COMMANDS |= {
+    "data push": Command("datasets.push:main", "push a checked data set to the Hub, with its card and version tag",
+                         "FOLDER OWNER/NAME [options]", "datasets.push:PushOptions"),
+    "checkpoint push": Command("policies.store:main", "push a policy to the Hub, with its model card",
+                               "RUN|FOLDER OWNER/NAME [options]", "policies.store:PushOptions"),
 }
 
 # %% ../../nbs/apps/990_cli.ipynb #48a182c4

@@ -63,6 +63,7 @@ def revisions(
     names = [("branches", [b.name for b in refs.branches]), ("tags", [t.name for t in refs.tags])]
     return " and ".join(f"{what} {', '.join(found)}" for what, found in names if found) or "none"
 
+# %% ../../nbs/core/075_hub.ipynb #d9454969
 def explain_hub_error(
     e: Exception,    # what the client raised
     repo_id: str,    # owner/name
@@ -187,7 +188,7 @@ def fetch_rest(
                 if stop(): break
             return f.tell()
 
-# %% ../../nbs/core/075_hub.ipynb #d9454969
+# %% ../../nbs/core/075_hub.ipynb #194bce88
 ORIGIN = ".hub.json"  # in a folder that was filled from the Hub: repository and commit
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def storage(
     from huggingface_hub import constants
     return Path(constants.HF_HUB_CACHE).expanduser() / f"{kind}s--{repo_id.replace('/', '--')}"
 
+# %% ../../nbs/core/075_hub.ipynb #fb2ac31f
 def open_repo(
     repo_id: str,                  # owner/name
     kind: str = "dataset",         # dataset | model
@@ -342,7 +344,7 @@ def snapshot(
     if not repo.offline: repo.fetch([f.name for f in repo.files() if wanted(f.name)])
     return repo.folder
 
-# %% ../../nbs/core/075_hub.ipynb #194bce88
+# %% ../../nbs/core/075_hub.ipynb #5e729155
 def card(
     header: dict,  # the Hub's fields: license, tags, task_categories …
     body: str,     # Markdown
@@ -351,6 +353,7 @@ def card(
     import yaml
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n".encode()
 
+# %% ../../nbs/core/075_hub.ipynb #185067e6
 def push_files(
     repo_id: str,            # owner/name; made when missing
     kind: str,               # dataset | model

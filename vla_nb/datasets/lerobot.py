@@ -182,6 +182,7 @@ def video_file(self: DatasetMetadata,
     return self.root / self.info["video_path"].format(
         video_key=key, chunk_index=episode[f"videos/{key}/chunk_index"], file_index=episode[f"videos/{key}/file_index"])
 
+# %% ../../nbs/datasets/110_lerobot.ipynb #469042ae
 @patch
 def fetch(self: DatasetMetadata,
     numbers: list,  # episode numbers

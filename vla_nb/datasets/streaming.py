@@ -97,14 +97,16 @@ def copy_clip(
     "Copy a run of pictures out of a video, reading little else of it."
     with av.open(file) as source, av.open(str(target), "w", format="mp4") as out:
         stream = source.streams.video[0]
-        ticks, keys = frame_table(source, stream)
+        ticks, keys, seeks = frame_table(source, stream)
         if first + count > len(ticks):
             raise UserError(f"a video holds {len(ticks)} pictures, its episodes claim {first + count}")
-        key, last = ticks[keys[max(np.searchsorted(keys, first, side="right") - 1, 0)]], ticks[first + count - 1]
-        copy, seen, base = out.add_stream_from_template(stream), [], None
-        source.seek(int(key), stream=stream)
+        at = max(np.searchsorted(keys, first, side="right") - 1, 0)
+        key, last, seen, base = ticks[keys[at]], ticks[first + count - 1], [], None
+        copy = out.add_stream_from_template(stream)
+        source.seek(int(seeks[at]), stream=stream)
         for packet in source.demux(stream):
             if packet.pts is None or packet.dts > last: break
+            if packet.pts < key: continue   # shown before the key frame, made from what came before it
             base = packet.dts if base is None else base
             seen.append(packet.pts)
             packet.pts, packet.dts, packet.stream = packet.pts - base, packet.dts - base, copy
@@ -170,18 +172,23 @@ class OpenEpisode(LeRobotDataset):
         self._address = {k: ([path], np.array([0]), np.array([at])) for k, (path, at) in place.items()}
         self.made = [path for path, _ in place.values() if path.parent == folder]
 
-    def _video(self, store, key, row, folder):
-        "File of a camera, and the number of the episode's first picture in it."
-        path, first = self.meta.video_file(row, key), round(row[f"videos/{key}/from_timestamp"] * self.fps)
-        if store.local: return path, first
-        clip, name = folder / f"{row['episode_index']}-{key}.mp4", str(path.relative_to(self.meta.root))
-        try:
-            with store.open(name) as f: return clip, copy_clip(f, first, row["length"], clip)
-        except av.error.FFmpegError as e: raise UserError(f"cannot read {name} of {store.url}: {e}") from e
+# %% ../../nbs/datasets/145_streaming.ipynb #508758d5
+@patch
+def _video(self: OpenEpisode, store, key, row, folder):
+    "File of a camera, and the number of the episode's first picture in it."
+    path, first = self.meta.video_file(row, key), round(row[f"videos/{key}/from_timestamp"] * self.fps)
+    if store.local: return path, first
+    clip, name = folder / f"{row['episode_index']}-{key}.mp4", str(path.relative_to(self.meta.root))
+    try:
+        with store.open(name) as f: return clip, copy_clip(f, first, row["length"], clip)
+    except (av.error.FFmpegError, IndexError, UserError) as e:
+        if isinstance(e, UserError) and name in str(e): raise
+        raise UserError(f"cannot read {name} of {store.url}: {e}") from e
 
-    def close(self):
-        "Remove the files that were made for it."
-        for path in self.made: path.unlink(missing_ok=True)
+@patch
+def close(self: OpenEpisode):
+    "Remove the files that were made for it."
+    for path in self.made: path.unlink(missing_ok=True)
 
 # %% ../../nbs/datasets/145_streaming.ipynb #42753d93
 def part_of(
@@ -203,7 +210,7 @@ def take_turns(
         groups = [g for g in groups if g]
     return out
 
-# %% ../../nbs/datasets/145_streaming.ipynb #508758d5
+# %% ../../nbs/datasets/145_streaming.ipynb #6257c674
 class StreamingLeRobotDataset(torch.utils.data.IterableDataset):
     "Samples of a LeRobot v3.0 dataset as they come; one iteration is one epoch of this rank."
     def __init__(self,
@@ -235,16 +242,21 @@ class StreamingLeRobotDataset(torch.utils.data.IterableDataset):
         self.epoch, self._taken, self._turn = 0, [], 0
 
     def __iter__(self): return self._samples()
-    @property
-    def num_episodes(self) -> int: return len(self.episodes)
-    @property
-    def num_frames(self) -> int: return sum(self.meta.episodes[e]["length"] for e in self.episodes)
-    @property
-    def fps(self) -> int: return self.meta.fps
-    @property
-    def features(self) -> dict: return self.meta.features
 
-# %% ../../nbs/datasets/145_streaming.ipynb #6257c674
+# %% ../../nbs/datasets/145_streaming.ipynb #7b55e74e
+@patch(as_prop=True)
+def num_episodes(self: StreamingLeRobotDataset) -> int: return len(self.episodes)
+
+@patch(as_prop=True)
+def num_frames(self: StreamingLeRobotDataset) -> int: return sum(self.meta.episodes[e]["length"] for e in self.episodes)
+
+@patch(as_prop=True)
+def fps(self: StreamingLeRobotDataset) -> int: return self.meta.fps
+
+@patch(as_prop=True)
+def features(self: StreamingLeRobotDataset) -> dict: return self.meta.features
+
+# %% ../../nbs/datasets/145_streaming.ipynb #b8631513
 @patch
 def plan(self: StreamingLeRobotDataset,
     stream: int,   # number among the streams
@@ -261,6 +273,7 @@ def plan(self: StreamingLeRobotDataset,
     kept = [[e for e in g if e in mine] for g in groups]
     return take_turns([g for g in kept if g], TABLES if self.shuffle else 1)
 
+# %% ../../nbs/datasets/145_streaming.ipynb #5a56a6c5
 @patch
 def order(self: StreamingLeRobotDataset,
     stream: int,   # number among the streams
@@ -305,7 +318,7 @@ def set_epoch(self: StreamingLeRobotDataset,
     "Choose the order of the next iteration, from its beginning."
     self.epoch, self._taken, self._turn = epoch, [], 0
 
-# %% ../../nbs/datasets/145_streaming.ipynb #7b55e74e
+# %% ../../nbs/datasets/145_streaming.ipynb #04bb639f
 @patch
 def samples(self: StreamingLeRobotDataset,
     workers: int = 1,  # of each rank's loader
@@ -330,6 +343,7 @@ def state_dict(self: StreamingLeRobotDataset,
         turn = (turn + 1) % len(whole)
     return {"epoch": self.epoch, "taken": taken, "turn": turn, **self._identity()}
 
+# %% ../../nbs/datasets/145_streaming.ipynb #a5bc6b21
 @patch
 def _identity(self: StreamingLeRobotDataset) -> dict:
     "What must be equal for a position to mean the same."

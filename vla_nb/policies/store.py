@@ -171,6 +171,7 @@ def policy_card(
     header = {"license": license, "pipeline_tag": "robotics", "tags": ["robotics", "LeRobot", "vla_nb", kind]}
     return card(header, "\n".join(body))
 
+# %% ../../nbs/policies/410_store.ipynb #ac058da7
 def push_policy(
     path,                           # policy folder or run folder
     repo_id: str,                   # owner/name on the Hub; made when missing
