@@ -38,7 +38,6 @@ def local_folders(
     home = os.environ.get("HF_LEROBOT_HOME") or f"{os.environ.get('HF_HOME') or '~/.cache/huggingface'}/lerobot"
     return [settings().data_root / name, Path(home).expanduser() / name]
 
-# %% ../../nbs/datasets/110_lerobot.ipynb #a991e83a
 def find_root(
     repo_id,  # dataset folder, or owner/name
     root=None,  # exact folder of the dataset; None = look for it
@@ -50,8 +49,7 @@ def find_root(
     if not is_repo_id(name): raise UserError(f"dataset folder {path} does not exist; give a folder, or owner/name")
     here = [] if root is not None or revision else [place for place in local_folders(name) if place.is_dir()]
     if here: return here[0]
-    folder = None if root is None else path
-    return snapshot(name, "dataset", revision or VERSION, lambda file: file.startswith("meta/"), folder)
+    return snapshot(name, "dataset", revision or VERSION, lambda f: f.startswith("meta/"), None if root is None else path)
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #b63e0dc0
 def read_info(
