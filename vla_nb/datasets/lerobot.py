@@ -49,7 +49,7 @@ def find_root(
     if not is_repo_id(name): raise UserError(f"dataset folder {path} does not exist; give a folder, or owner/name")
     here = [] if root is not None or revision else [place for place in local_folders(name) if place.is_dir()]
     if here: return here[0]
-    return snapshot(name, "dataset", revision or VERSION, lambda f: f.startswith("meta/"), None if root is None else path)
+    return snapshot(name, "dataset", revision or VERSION, lambda f: f.startswith("meta/"), root and path)
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #b63e0dc0
 def read_info(
