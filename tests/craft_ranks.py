@@ -70,7 +70,7 @@ def main():
                for k, v in (w.split("=", 1) for w in sys.argv[3:])}
     run = train(Path(sys.argv[1]), Path(sys.argv[2]), **options)
     if run.main: print(json.dumps({"world_size": run.world_size}))
-    if run.world_size > 1: torch.distributed.destroy_process_group()
+    run.close()
 
 
 if __name__ == "__main__": main()

@@ -114,7 +114,7 @@ def main(out, **o):
     if resume: run.load(resume)
     ended = run.train()
     if run.main: print(json.dumps({"ended": ended, "world_size": run.world_size}))
-    if ranks > 1: torch.distributed.destroy_process_group()
+    run.close()
     return 0 if ended == "done" else 1
 
 

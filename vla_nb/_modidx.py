@@ -2342,6 +2342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'vla_nb/training/loop.py'),
                                       'vla_nb.training.loop.TrainRun.call': ('training/loop.html#trainrun.call', 'vla_nb/training/loop.py'),
                                       'vla_nb.training.loop.TrainRun.clip': ('training/loop.html#trainrun.clip', 'vla_nb/training/loop.py'),
+                                      'vla_nb.training.loop.TrainRun.close': ( 'training/loop.html#trainrun.close',
+                                                                               'vla_nb/training/loop.py'),
                                       'vla_nb.training.loop.TrainRun.count_skip': ( 'training/loop.html#trainrun.count_skip',
                                                                                     'vla_nb/training/loop.py'),
                                       'vla_nb.training.loop.TrainRun.fetch': ( 'training/loop.html#trainrun.fetch',

@@ -265,9 +265,7 @@ def train(
             ended = run.train()
         finally:
             if first and not (out / "metrics.jsonl").exists() and not checkpoint_steps(out): remove_unborn(out)
-    if run.world_size > 1:
-        torch.distributed.barrier()  # nobody leaves while another process may still talk to it
-        torch.distributed.destroy_process_group()
+    run.close()
     return 0 if ended == "done" else 128 + signal.Signals[ended].value
 
 

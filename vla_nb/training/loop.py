@@ -458,6 +458,13 @@ def save_due(self: TrainRun) -> bool:
     regular = self.loop.save_freq and self.step % self.loop.save_freq == 0
     return bool(regular or self.step == self.total_steps or self.must_stop())
 
+@patch
+def close(self: TrainRun):
+    "Leave together: a process must not end while another may still talk to it."
+    if self.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
 # %% ../../nbs/training/620_loop.ipynb #f99881a9
 @patch
 def finish(self: TrainRun):
