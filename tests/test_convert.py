@@ -18,7 +18,8 @@ import pytest
 from vla_nb.core.types import UserError
 from vla_nb.datasets.convert import ConvertOptions, V2Dataset, convert, survey
 from vla_nb.datasets.diff import DiffOptions, diff, open_episodes
-from vla_nb.datasets.edit import assemble, delete, main as edit, merge, split
+from vla_nb.datasets.edit import assemble, delete, merge, split
+from vla_nb.datasets.edit_command import main as edit
 from vla_nb.datasets.fake import fake_dataset, fake_v2
 from vla_nb.datasets.lerobot import DatasetMetadata, LeRobotDataset
 from vla_nb.datasets.verify import verify_dataset

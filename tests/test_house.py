@@ -316,8 +316,9 @@ def test_ignored_and_committed_reports():
     def ignored(name): return subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
     if not (ROOT / ".git").exists(): pytest.skip("not a git checkout")
     assert not any(map(ignored, ("reports/LOG.md", "reports/PARITY.md", "reports/headline/index.html",
-                                 "reports/headline/summary.json", "reports/headline/seeds.json", "reports/benchmarks/craft_step.json")))
-    assert all(map(ignored, ("reports/demo/index.html", "reports/E01/run.html", "reports/headline/seed0.html", "outputs/x", "data/x")))
+                                 "reports/headline/summary.json", "reports/headline/seeds.json", "reports/benchmarks/craft_step.json",
+                                 "reports/datasets/metaworld_demo.html")))
+    assert all(map(ignored, ("reports/demo/index.html", "reports/E01/run.html", "reports/headline/seed0.html", "reports/datasets/x.html", "outputs/x", "data/x")))
 
 
 def test_second_install_does_nothing():

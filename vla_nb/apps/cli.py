@@ -23,7 +23,7 @@ class Command(NamedTuple):
     words: str = "[options]"  # what follows the command
     options: str = ""  # module:dataclass of its flags
 
-COMMANDS = {  # data, anchors, questions
+COMMANDS = {  # this machine, data
     "info": Command("apps.doctor:info", "environment, versions and settings, to paste into a bug report", ""),
     "doctor": Command("apps.doctor:doctor", "check this machine and say what to do about each problem", ""),
     "data pull": Command("apps.pull:main", "get, make or verify a manifest's data set; no name: what is missing",
@@ -32,13 +32,23 @@ COMMANDS = {  # data, anchors, questions
                            "FOLDER [--deep]"),
     "data convert": Command("datasets.convert:main", "make a LeRobot v3.0 data set of a v2.0 or v2.1 one",
                             "SOURCE --output=FOLDER [options]", "datasets.convert:ConvertOptions"),
-    "data edit": Command("datasets.edit:main", "delete, split, merge, drop columns, change tasks; in place with undo",
-                         "delete|split|merge|drop|tasks|undo FOLDER [FOLDER …] [options]",
-                         "datasets.edit:EditOptions"),
+    "data edit": Command("datasets.edit_command:main", "episodes, columns, tasks, codec; in place with undo",
+                         "delete|split|merge|drop|add|tasks|reencode|to-video|to-images|undo FOLDER [FOLDER …] "
+                         "[options]", "datasets.edit_command:EditOptions"),
+    "data stats": Command("datasets.statistics:main", "recompute the statistics of a data set, or check them",
+                          "FOLDER [--check] [options]", "datasets.statistics:StatsOptions"),
+    "data viz": Command("apps.viz:main", "one page that shows a data set: episodes to play, distributions, oddities",
+                        "FOLDER [--out=page.html] [options]", "apps.viz:VizOptions"),
+    "data imgtransforms": Command("apps.transforms_page:main", "show the image transforms on frames of a data set",
+                                  "FOLDER [--out=page.html] [options]", "apps.transforms_page:TransformOptions"),
     "data diff": Command("datasets.diff:main", "compare two data sets, row by row and picture by picture",
                          "A B [options]", "datasets.diff:DiffOptions"),
     "data repair": Command("datasets.repair:main", "make a damaged data set readable; the damaged one waits beside it",
                            "FOLDER [options]", "datasets.repair:RepairOptions"),
+}
+
+# %% ../../nbs/apps/990_cli.ipynb #d4c17a52
+COMMANDS |= {  # words, anchors, questions
     "tokenizer fit": Command("apps.tokenizer:main", "fit the word tokenizer and the action codec of a data set",
                              "--dataset=FOLDER --out=FOLDER [options]", "apps.tokenizer:FitOptions"),
     "anchors build": Command("apps.anchors:build", "store what the starting policy says or feels on anchor samples",

@@ -230,6 +230,7 @@ def table(
 def page(
     title: str,  # window title, plain text
     body: str,  # HTML of <main>
+    style: str = "",  # CSS of this page's own parts
 ) -> str:  # a whole HTML document
     "One self-contained page."
     icon = data_uri(b"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'><circle cx='4' cy='4' r='3' "
@@ -237,5 +238,5 @@ def page(
                     "image/svg+xml")
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}</title><link rel="icon" href="{icon}"><style>{style_sheet()}</style></head>'
+            f'<title>{escape(title)}</title><link rel="icon" href="{icon}"><style>{style_sheet()}{style}</style></head>'
             f'<body><main>{body}</main></body></html>\n')

@@ -270,7 +270,7 @@ def join_videos(
         for part, run in rising_runs(parts, ranges):
             starts = count + np.cumsum([0] + [n for _, n in run])
             with av.open(str(part)) as file:
-                stream = stream or out.add_stream_from_template(file.streams.video[0])
+                stream = stream or out.add_stream_from_template(file.streams.video[0], opaque=True)
                 for k, (packet, at, r) in enumerate(copied_packets(file, tables[part], run)):
                     packet.time_base, packet.duration, packet.stream = Fraction(1, fps), 1, stream
                     packet.pts, packet.dts = int(starts[r]) + at, count + k - lag
