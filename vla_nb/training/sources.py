@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..core.files import file_lock, read_json
+from ..core.files import read_json
 from ..core.settings import settings
 from ..core.types import ACTION, ACTION_PAD, ANSWER, OBS_STATE, TASK, UserError
 from ..datasets.cache import FrameCache
@@ -59,13 +59,13 @@ class Demonstrations(Dataset):
         return [{**{k: item[k] for k in self.keys if k in item}, ANSWER: None} for item in found]
 
     @property
-    def groups(self) -> list[int]:
+    def groups(self) -> np.ndarray:
         "The task of every sample."
-        return np.asarray(self.frames.columns["task_index"])[self.rows].tolist()
+        return np.asarray(self.frames.columns["task_index"])[self.rows]
 
     def chunks(self) -> np.ndarray:
         "Every action chunk [N, T, A], without reading a picture; beyond an episode's end the last action repeats."
-        lengths = [self.frames.meta.episodes[e]["length"] for e in self.frames.episodes]
+        lengths = self.frames.lengths
         ends = np.repeat(np.cumsum(lengths), lengths)[self.rows]
         steps = self.rows[:, None] + np.arange(len(self.frames.offsets[ACTION]))
         return self.frames.columns[ACTION][np.minimum(steps, ends[:, None] - 1)]
@@ -77,7 +77,7 @@ def open_cache(
 ) -> FrameCache:
     "Decoded frames of a dataset at one size, made by the first process that needs them."
     folder = settings().cache_root / f"frames-{meta.fingerprint()[:16]}-{size[0]}x{size[1]}"
-    with file_lock(folder.with_suffix(".lock")): return FrameCache.build(meta.root, folder, size)
+    return FrameCache.build(meta.root, folder, size)
 
 # %% ../../nbs/training/625_sources.ipynb #c24cca1e
 class Joined(Dataset):
@@ -133,7 +133,7 @@ class Part:
     name: str            # questions | replay | demonstrations, for messages
     dataset: Dataset     # its samples
     share: float         # of every batch, between 0 and 1
-    groups: list | None  # group of every sample, drawn equally often; None draws all samples equally often
+    groups: np.ndarray | list | None  # group of every sample, drawn equally often; None draws all samples equally often
 
 def mix(
     demos: Demonstrations,  # take what the others leave
