@@ -32,7 +32,7 @@ def test_every_command_explains_itself(command, capsys):
     assert out.startswith(f"usage: vla-nb {command}") and known.about in out and not err
     if known.options:
         names = {line.split("=")[0].strip().split(".")[0] for line in out.splitlines() if line.startswith("  --")}
-        assert names == {f"--{name}" for name in cli.load(known.options).__dataclass_fields__}
+        assert names == {f"--{name}" for flags in known.options.split() for name in cli.load(flags).__dataclass_fields__}
         assert not [line for line in out.splitlines() if line.startswith("  --") and len(line.split(" ", 3)) < 4]
 
 

@@ -337,7 +337,7 @@ def episode_records(
 # %% ../../nbs/datasets/170_convert.ipynb #64237fc0
 @dataclass(frozen=True)
 class ConvertOptions:
-    "Flags of `vla-nb data convert`."
+    "Flags of `vla-nb data convert` for LeRobot v2.0 and v2.1."
     output: str = ""             # new folder
     image_stats: str = "auto"    # auto: keep the source's when every episode has them; compute: measure, with quantiles
     data_mb: int = 100           # a data file is closed before it grows beyond this
