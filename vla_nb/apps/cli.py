@@ -21,8 +21,9 @@ class Command(NamedTuple):
     run: str           # module:function, called with the remaining words, gives the exit status
     about: str         # help line
     words: str = "[options]"  # what follows the command
-    options: str = ""  # module:dataclass of its flags
+    options: str = ""  # module:dataclass of its flags; several when they depend on the source
 
+# %% ../../nbs/apps/990_cli.ipynb #166ed98f
 COMMANDS = {  # this machine, data
     "info": Command("apps.doctor:info", "environment, versions and settings, to paste into a bug report", ""),
     "doctor": Command("apps.doctor:doctor", "check this machine and say what to do about each problem", ""),
@@ -30,8 +31,9 @@ COMMANDS = {  # this machine, data
                          "[NAME] [options]", "apps.pull:PullOptions"),
     "data verify": Command("datasets.verify:main", "check a data set's files, counts, features and statistics",
                            "FOLDER [--deep]"),
-    "data convert": Command("datasets.convert:main", "make a LeRobot v3.0 data set of a v2.0 or v2.1 one",
-                            "SOURCE --output=FOLDER [options]", "datasets.convert:ConvertOptions"),
+    "data convert": Command("datasets.formats:main", "make a LeRobot v3.0 data set of v2.0, v2.1 or HDF5",
+                            "SOURCE --output=FOLDER [options]",
+                            "datasets.convert:ConvertOptions datasets.hdf5:HDF5Options"),
     "data edit": Command("datasets.edit_command:main", "episodes, columns, tasks, codec; in place with undo",
                          "delete|split|merge|drop|add|tasks|reencode|to-video|to-images|undo FOLDER [FOLDER …] "
                          "[options]", "datasets.edit_command:EditOptions"),
@@ -58,7 +60,7 @@ COMMANDS |= {  # words, anchors, questions
                          "--output=FOLDER [options]", "evaluation.questions:Options"),
 }
 
-# %% ../../nbs/apps/990_cli.ipynb #166ed98f
+# %% ../../nbs/apps/990_cli.ipynb #ba1f7898
 COMMANDS |= {
     "train": Command("training.command:train", "train or fine-tune a policy, with CRaFT or a baseline, or resume",
                      "--output_dir=FOLDER --dataset.root=FOLDER --policy.type=TYPE|--policy.path=RUN "
@@ -82,13 +84,22 @@ COMMANDS |= {
                       "[--study=FOLDER] [--output=FOLDER]"),
 }
 
-COMMANDS |= {  # data sets in the layout of TensorFlow Datasets
+# %% ../../nbs/apps/990_cli.ipynb #7de6ccda
+COMMANDS |= {  # data sets in the layout of TensorFlow Datasets; waypoints
     "rlds index": Command("datasets.rlds_command:main_index", "note where every episode, step and picture lies",
                           "FOLDER [options]", "datasets.rlds_command:IndexOptions"),
     "rlds stats": Command("datasets.rlds_command:main_stats", "write dataset_statistics.json of actions and states",
                           "FOLDER --output=FILE [options]", "datasets.rlds_command:StatsOptions"),
     "rlds verify": Command("datasets.rlds_command:main_verify", "prove checksums, counts, shapes, values and pictures",
                            "FOLDER [--manifest=NAME] [--deep] [options]", "datasets.rlds_command:VerifyOptions"),
+    "waypoints extract": Command("datasets.waypoint_command:main_extract", "find the waypoints of every episode",
+                                 "FOLDER --output=FILE [options]", "datasets.waypoint_command:ExtractOptions"),
+    "waypoints filter": Command("datasets.waypoint_command:main_filter", "an RLDS folder of the waypoints alone",
+                                "RLDS_FOLDER --waypoints=FILE --output=FOLDER [options]",
+                                "datasets.waypoint_command:FilterOptions"),
+    "waypoints page": Command("datasets.waypoint_command:main_page", "an HTML page of trajectories and their waypoints",
+                              "FOLDER --waypoints=FILE --output=FILE [options]",
+                              "datasets.waypoint_command:PageOptions"),
 }
 
 # %% ../../nbs/apps/990_cli.ipynb #7545eab4
@@ -160,7 +171,7 @@ def reader_left() -> bool:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains at exit
     return True
 
-# %% ../../nbs/apps/990_cli.ipynb #ba1f7898
+# %% ../../nbs/apps/990_cli.ipynb #f10e81b3
 def load(place: str):
     "What `module:name` stands for."
     module, name = place.split(":")
@@ -172,9 +183,9 @@ def command_help(
 ) -> str:              # several lines
     "What one command does and every flag it takes, with default and meaning."
     lines = [f"usage: vla-nb {name} {command.words}".rstrip(), "", command.about]
-    if command.options:
+    for flags in map(load, command.options.split()):
         from vla_nb.core.config import options_text
-        lines += ["", "options:", options_text(load(command.options))]
+        lines += ["", flags.__doc__ if " " in command.options else "options:", options_text(flags)]
     return "\n".join(lines)
 
 def asks_help(
