@@ -355,3 +355,47 @@ def test_manifests_of_the_user_are_checked(tmp_path, monkeypatch):
     assert found["files"] == 34 and found["action_dim"] == 7 and found["state_dim"] == 8 and found["image_size"] == [256, 256]
     assert problems == ["num_trajectories is 40: expected 454. (manifest libero_object_rlds)",
                         "num_transitions is 80: expected 66984. (manifest libero_object_rlds)"]
+
+
+# ---------------------------------------------------------------- to LeRobot v3.0
+
+def test_convert_by_command(tmp_path, capsys):
+    "Every row and picture arrives; without a frame rate the command refuses; the same call goes on after an interruption."
+    from vla_nb.apps.cli import main
+    from vla_nb.datasets.lerobot import LeRobotDataset
+    from vla_nb.datasets.hdf5 import convert_source
+    from vla_nb.datasets.rlds_convert import RLDSOptions, RLDSSource
+    from vla_nb.datasets.rlds_write import RLDSWriter, image_feature, rlds_features, tensor_feature, text_feature
+    from vla_nb.datasets.writer import DatasetWriter
+    features = rlds_features({"observation": {"image": image_feature((48, 64, 3)), "wrist_image": image_feature((32, 32, 3), "png"),
+                                              "state": tensor_feature("float32", (8,))},
+                              "action": tensor_feature("float32", (7,)), "language_instruction": text_feature(), "is_last": tensor_feature("bool")})
+    rng = np.random.default_rng(0)
+    def step(e, i):
+        pictures = {k: rng.integers(0, 256, s, dtype=np.uint8) for k, s in (("image", (48, 64, 3)), ("wrist_image", (32, 32, 3)))}
+        return {"observation": pictures | {"state": rng.normal(size=8).astype(np.float32)}, "action": rng.normal(size=7).astype(np.float32),
+                "language_instruction": f"task {e % 2}", "is_last": i == 4}
+    root = tmp_path / "rlds/1.0.0"
+    with RLDSWriter(root, features, "x", shards=2) as writer:
+        for e in range(4): writer.add_episode({"steps": [step(e, i) for i in range(5)]})
+    words = ["data", "convert", str(root), f"--output={tmp_path / 'v3'}", "--pictures=image", "--columns=is_last"]
+    assert main(words) == 2 and "--fps=20" in capsys.readouterr().err
+    saved, calls = DatasetWriter.save_episode, []
+    def stop(self):
+        if len(calls) == 2: raise KeyboardInterrupt
+        calls.append(saved(self))
+    DatasetWriter.save_episode = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert_source(RLDSSource(root, RLDSOptions(str(tmp_path / "v3"), 20, pictures="image", columns=("is_last",))))
+    finally: DatasetWriter.save_episode = saved
+    assert not (tmp_path / "v3").exists()
+    assert main([*words, "--fps=20"]) == 0 and "2 of 4" in capsys.readouterr().out
+    made, source = LeRobotDataset(tmp_path / "v3"), RLDSDataset(root).steps
+    assert len(made) == len(source) == 20 and made.meta.tasks == ["task 0", "task 1"]
+    for i in range(20):
+        a, b = made[i], source[i]
+        assert np.array_equal(a["observation.state"], b["observation"]["state"]) and np.array_equal(a["action"], b["action"])
+        assert bool(a["is_last"]) == b["is_last"] and a["task"] == b["language_instruction"]
+        for k in ("image", "wrist_image"):
+            assert np.array_equal((a[f"observation.images.{k}"].permute(1, 2, 0) * 255).round().byte(), b["observation"][k])

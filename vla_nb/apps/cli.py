@@ -31,9 +31,10 @@ COMMANDS = {  # this machine, data
                          "[NAME] [options]", "apps.pull:PullOptions"),
     "data verify": Command("datasets.verify:main", "check a data set's files, counts, features and statistics",
                            "FOLDER [--deep]"),
-    "data convert": Command("datasets.formats:main", "make a LeRobot v3.0 data set of v2.0, v2.1 or HDF5",
+    "data convert": Command("datasets.formats:main", "make a LeRobot v3.0 data set of v2.0, v2.1, HDF5 or RLDS",
                             "SOURCE --output=FOLDER [options]",
-                            "datasets.convert:ConvertOptions datasets.hdf5:HDF5Options"),
+                            "datasets.convert:ConvertOptions datasets.hdf5:HDF5Options "
+                            "datasets.rlds_convert:RLDSOptions"),
     "data edit": Command("datasets.edit_command:main", "episodes, columns, tasks, codec; in place with undo",
                          "delete|split|merge|drop|add|tasks|reencode|to-video|to-images|undo FOLDER [FOLDER …] "
                          "[options]", "datasets.edit_command:EditOptions"),

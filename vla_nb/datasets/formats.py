@@ -10,22 +10,25 @@ from importlib import import_module
 from pathlib import Path
 from ..core.files import read_json
 from ..core.types import UserError
+from .rlds_schema import is_rlds
 
 # %% ../../nbs/datasets/199_formats.ipynb #e36e2e34
 def format_of(
     path,    # file or folder
-) -> str:    # "lerobot v2.1", "lerobot v3.0", "hdf5"
+) -> str:    # "lerobot v2.1", "lerobot v3.0", "hdf5", "rlds"
     "The format of a dataset."
     path = Path(path)
     info = path / "meta/info.json"
     if info.is_file(): return f"lerobot {read_json(info).get('codebase_version', 'without a version')}"
     files = [path] if path.is_file() else list(path.glob("*"))
     if any(p.suffix in (".hdf5", ".h5") for p in files): return "hdf5"
+    if is_rlds(path): return "rlds"
     if not path.exists(): raise UserError(f"{path} does not exist")
-    raise UserError(f"{path} is not a dataset that is known: no meta/info.json (LeRobot), no .hdf5 file")
+    raise UserError(f"{path} is not a dataset that is known: no meta/info.json (LeRobot), no .hdf5 file, "
+                    "no dataset_info.json and features.json (RLDS)")
 
 # %% ../../nbs/datasets/199_formats.ipynb #0e02f924
-CONVERTERS = {"lerobot": "convert", "hdf5": "hdf5"}   # first word of a format -> module
+CONVERTERS = {"lerobot": "convert", "hdf5": "hdf5", "rlds": "rlds_convert"}   # first word of a format -> module
 
 def main(
     argv: list[str],  # words after `data convert`
