@@ -43,7 +43,7 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("argv,says", [
-    (["trian"], "did you mean 'train'?"), (["data"], "one of pull, verify, convert, edit, diff"), (["eval", "mqc"], "one of mcq, offline"),
+    (["trian"], "did you mean 'train'?"), (["data"], "one of pull, verify, convert, edit"), (["eval", "mqc"], "one of mcq, offline"),
     (["info", "--all"], "has no options"),
 ])
 def test_wrong_command(argv, says):

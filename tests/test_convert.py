@@ -52,11 +52,9 @@ def test_seven_hundred_episodes_killed_and_resumed(tmp_path):
     child = subprocess.Popen([*words, f"--output={tmp_path / 'killed'}"], env=ENV, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL, start_new_session=True)
     time.sleep(random.uniform(0.3, 0.95) * takes)
-    finished = child.poll() is not None
-    os.killpg(child.pid, signal.SIGKILL) if not finished else None
+    if child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    assert finished or not (tmp_path / "killed").exists()
-    if not finished:
+    if not (tmp_path / "killed").exists():   # it takes its name when it is whole
         again = subprocess.run([*words, f"--output={tmp_path / 'killed'}"], env=ENV, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
     whole, killed = tree(tmp_path / "whole"), tree(tmp_path / "killed")
