@@ -1039,6 +1039,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'vla_nb/datasets/lerobot.py'),
                                          'vla_nb.datasets.lerobot.LeRobotDataset._repr_markdown_': ( 'datasets/lerobot.html#lerobotdataset._repr_markdown_',
                                                                                                      'vla_nb/datasets/lerobot.py'),
+                                         'vla_nb.datasets.lerobot.LeRobotDataset._room': ( 'datasets/lerobot.html#lerobotdataset._room',
+                                                                                           'vla_nb/datasets/lerobot.py'),
                                          'vla_nb.datasets.lerobot.LeRobotDataset._window': ( 'datasets/lerobot.html#lerobotdataset._window',
                                                                                              'vla_nb/datasets/lerobot.py'),
                                          'vla_nb.datasets.lerobot.LeRobotDataset.features': ( 'datasets/lerobot.html#lerobotdataset.features',

@@ -20,7 +20,7 @@ from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, UserError
 from .convert import JOBS, finish
 from .layout import check_features
 from .lerobot import DatasetMetadata
-from .writer import DatasetWriter
+from .writer import TORN, DatasetWriter
 
 # %% ../../nbs/datasets/178_hdf5.ipynb #b4d10c90
 def open_hdf5(
@@ -262,6 +262,7 @@ def convert_source(
         finally:
             writer.discard_episode()
             writer._close()     # what is saved waits for the next call
+        shutil.rmtree(work / TORN, ignore_errors=True)   # what an earlier kill tore was converted again
         DatasetMetadata(work)   # opens
         finish(work, target)
     return target

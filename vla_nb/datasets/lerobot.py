@@ -401,20 +401,26 @@ def images(self: LeRobotDataset,
         return torch.from_numpy(self.frame_cache.frames(key, self._from[at] + rows - self._starts[at]))
     at, feature = np.searchsorted(self._starts, rows, side="right") - 1, self.features[key]
     (files, file_of, first), (h, w, _), depth = self._address[key], feature["shape"], is_depth(feature)
-    numbers = first[at] + rows - self._starts[at]
-    out = np.empty((len(rows), 1 if depth else 3, h, w), np.float32 if depth else np.uint8)
-    pictures = out.transpose(0, 2, 3, 1)   # the same memory, as decoders write it
+    numbers, shape, pictures = first[at] + rows - self._starts[at], (h, w, 1 if depth else 3), None
     for f in np.unique(file_of[at]).tolist():
-        here = np.flatnonzero(file_of[at] == f)
-        if feature["dtype"] == "video" and not depth:
-            video_reader(files[f]).frames(numbers[here], pictures, here)
-            continue
-        if feature["dtype"] == "image": found = stored_images(files[f], key, numbers[here], depth)
-        else: found = depth_of_codes(video_reader(files[f], depth).frames(numbers[here]), feature)
-        if found.shape[1:] != pictures.shape[1:]:
-            raise UserError(f"{files[f]} holds {key!r} as {found.shape[1:]}, info.json says {feature['shape']}")
-        pictures[here] = found
-    return torch.from_numpy(out)
+        here, found = np.flatnonzero(file_of[at] == f), None
+        reader = video_reader(files[f], depth) if feature["dtype"] == "video" else None
+        if reader is None: found = stored_images(files[f], key, numbers[here], depth)
+        elif depth: found = depth_of_codes(reader.frames(numbers[here]), feature)
+        seen = (reader.height, reader.width, 3) if found is None else found.shape[1:]
+        if seen != shape:   # before memory is taken for what info.json says
+            raise UserError(f"{files[f]} holds {key!r} as {seen}, info.json says {feature['shape']}")
+        if pictures is None: pictures = self._room(len(rows), shape, depth)
+        if found is None: reader.frames(numbers[here], pictures, here)
+        else: pictures[here] = found
+    if pictures is None: pictures = self._room(0, shape, depth)
+    return torch.from_numpy(pictures.transpose(0, 3, 1, 2))
+
+@patch
+def _room(self: LeRobotDataset, n, shape, depth):
+    "Memory for pictures [n, H, W, C] that lies as torch wants it, [n, C, H, W]."
+    h, w, c = shape
+    return np.empty((n, c, h, w), np.float32 if depth else np.uint8).transpose(0, 2, 3, 1)
 
 # %% ../../nbs/datasets/110_lerobot.ipynb #e6eb4b9f
 @patch
