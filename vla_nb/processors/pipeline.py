@@ -118,6 +118,9 @@ STEPS = {
     "normalizer_processor": "vla_nb.processors.normalize:NormalizerStep",
     "unnormalizer_processor": "vla_nb.processors.normalize:UnnormalizerStep",
     "pi0_fast_text_processor": "vla_nb.processors.text:Pi0FastTokenizerStep",
+    "smolvla_new_line_processor": "vla_nb.processors.tokenize:NewLineStep",
+    "pi0_new_line_processor": "vla_nb.processors.tokenize:Pi0NewLineStep",
+    "tokenizer_processor": "vla_nb.processors.tokenize:TokenizerStep",
 }
 
 def _step_name(step):

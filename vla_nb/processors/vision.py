@@ -40,6 +40,7 @@ def resize_with_pad(
     images: torch.Tensor,  # uint8 or float [..., C, H, W]
     size,                  # new side, or (height, width)
     fill: float = 0.0,     # value of the bars: 0 is black for pictures in [0, 1] and for uint8, −1 for [−1, 1]
+    centre: bool = True,   # False: bars at the left and at the top only, as SmolVLA has them
 ) -> torch.Tensor:         # the same type, [..., C, height, width]
     "Scale into a box without distortion and fill the rest."
     h, w = _height_width(size)
@@ -50,7 +51,7 @@ def resize_with_pad(
     flat = images.reshape(-1, *images.shape[-3:])
     small = F.interpolate(flat if flat.is_floating_point() else flat.float(), new, mode="bilinear", align_corners=False)
     if images.dtype == torch.uint8: small = _to_uint8(small)
-    top, left = (h - new[0]) // 2, (w - new[1]) // 2
+    top, left = (n // 2 if centre else n for n in (h - new[0], w - new[1]))
     out = F.pad(small, (left, w - new[1] - left, top, h - new[0] - top), value=fill)
     return out.reshape(*images.shape[:-2], h, w)
 
