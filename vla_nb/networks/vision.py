@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core.types import UserError
+from .blocks import checkpointed
 
 # %% ../../nbs/networks/310_vision.ipynb #369ba150
 class ConvStem(nn.Module):
@@ -85,13 +86,16 @@ class SiglipEmbeddings(nn.Module):
         return self.patch_embedding(images).flatten(2).transpose(1, 2) + self.position_embedding.weight
 
 class SiglipEncoder(nn.Module):
-    "The stack of blocks."
+    "The stack of blocks, in the precision of their weights."
+    checkpointing = False   # true: blocks are computed again in the backward pass, see `checkpointed`
+
     def __init__(self, width: int, depth: int, heads: int, mlp_dim: int): # see `SiglipTower`
         super().__init__()
         self.layers = nn.ModuleList(SiglipLayer(width, heads, mlp_dim) for _ in range(depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers: x = layer(x)
+        x = x.to(self.layers[0].mlp.fc1.weight.dtype)   # embeddings may be kept in float32
+        for layer in self.layers: x = checkpointed(self.checkpointing, layer, x)
         return x
 
 # %% ../../nbs/networks/310_vision.ipynb #73aca681
