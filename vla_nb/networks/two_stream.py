@@ -92,7 +92,7 @@ class Expert(nn.Module):
             nn.init.normal_(p, std=damp * p.shape[1] ** -0.5)
 
     def modulations(self, c: torch.Tensor|None # [N, width]; None for plain norms
-    ) -> list:                                 # per layer the pair of its norms, at the end the final norm's; () for plain ones
+    ) -> list:                                 # per layer a pair, at the end the final norm's; () for plain norms
         "What the condition says to every norm."
         if not self.adaptive: return [()] * (len(self.layers) + 1)
         pairs = [(a.input_layernorm.modulation(c), a.post_attention_layernorm.modulation(c)) for a in self.layers]
@@ -123,7 +123,7 @@ class TwoStream(nn.Module):
     def expert(self) -> Expert: return self.gemma_expert["model"]
 
     def unread(self) -> list:
-        "Parameters of the language model that no action depends on: of its last layer only keys and values are read."
+        "Parameters that no action depends on: of the language model's last layer only keys and values are read."
         lm = self.vlm.language_model
         last = lm.layers[-1]
         parts = (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp, last.post_attention_layernorm, lm.norm)
