@@ -101,7 +101,7 @@ class Expert(nn.Module):
 # %% ../../nbs/networks/335_two_stream.ipynb #42412f8e
 class TwoStream(nn.Module):
     "PaliGemma and an action expert that attends to its keys and values."
-    checkpointing = False   # true: layers are computed again in the backward pass instead of keeping what is inside them
+    checkpointing = False   # true: layers are computed again in the backward pass, see `checkpointed`
 
     def __init__(self,
         vision: nn.Module,      # tower: [B, cameras, 3, H, W] → [B, tokens, tower width]; has `.width`
