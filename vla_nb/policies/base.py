@@ -26,6 +26,7 @@ from ..processors.text import pad_rows
 # %% ../../nbs/policies/400_base.ipynb #a20cff99
 POLICIES = {
     "pi0_fast": "vla_nb.policies.pi0_fast:Pi0FastPolicy",
+    "act": "vla_nb.policies.act:ActPolicy",
     "fake": "vla_nb.policies.fake:FakePolicy",
 }
 LANG_TOKENS = "observation.language.tokens"         # int64 [B, Lp] prefix ids, right-padded

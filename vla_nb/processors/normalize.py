@@ -123,7 +123,7 @@ def apply(self: _StatsStep,
     batch: dict,  # raw or normalised batch
     formula,      # `normalize` or `unnormalize`
 ) -> dict:        # new batch
-    "Apply a formula to every feature the batch carries."
+    "Apply a formula to every feature the batch carries; pictures in uint8 are brought to [0, 1] first."
     out = dict(batch)
     for key in self.features:
         mode = self.mode_of(key)
@@ -132,6 +132,7 @@ def apply(self: _StatsStep,
         missing = [n for n in MODES[mode] if n not in (have or {})]
         if missing:
             raise UserError(f"{key!r} is to be normalised by {mode} but its statistics lack {missing}: pass stats.")
+        if x.dtype == torch.uint8 and self.features[key].type == "VISUAL": x = x.float() / 255
         if not x.is_floating_point(): raise UserError(f"{key!r} is {x.dtype}: convert it to float before normalising.")
         if have[MODES[mode][0]].device != x.device: self.to(x.device)
         a, b = (self.stats[key][n].to(x.dtype) for n in MODES[mode])
