@@ -53,7 +53,7 @@ class ActConfig(PolicyConfig):
     optimizer_lr: float = 1e-5              # learning rate of everything but the backbone
     optimizer_weight_decay: float = 1e-4    # of every parameter
     optimizer_lr_backbone: float = 1e-5     # learning rate of the backbone
-    loss_reduction: str = "valid"           # mean over "valid" actions, or over "all" with padding as zero (LeRobot 0.4)
+    loss_reduction: str = "valid"           # mean over "valid" actions, or over "all", padding as zero (LeRobot 0.4)
 
 # %% ../../nbs/policies/450_act.ipynb #c9c32df6
 @patch
@@ -110,7 +110,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(c.dim_model, c.n_heads, c.dropout)
         if cross: self.multihead_attn = Attention(c.dim_model, c.n_heads, c.dropout)
-        self.linear1, self.linear2 = nn.Linear(c.dim_model, c.dim_feedforward), nn.Linear(c.dim_feedforward, c.dim_model)
+        self.linear1 = nn.Linear(c.dim_model, c.dim_feedforward)
+        self.linear2 = nn.Linear(c.dim_feedforward, c.dim_model)
         for i in range(2 + cross): self.add_module(f"norm{i + 1}", nn.LayerNorm(c.dim_model))
         self.cross, self.pre_norm, self.drop = cross, c.pre_norm, nn.Dropout(c.dropout)
         self.activation = F.relu if c.feedforward_activation == "relu" else F.gelu
@@ -122,17 +123,20 @@ class Layer(nn.Module):
         q = x + at
         return self.self_attn(q, q, x, mask)
 
-    def forward(self,
-        x: torch.Tensor,          # [B, L, D]
-        at: torch.Tensor,         # [1, L, D] positions of x
-        memory = None,            # [B, M, D] what a decoder looks at
-        memory_key = None,        # [B, M, D] the same with its positions
-        mask = None,              # bool [B, 1, 1, L], true at real tokens
-    ) -> torch.Tensor:            # [B, L, D]
-        x = self.around(x, self.norm1, lambda h: self.look(h, at, mask))
-        if self.cross: x = self.around(x, self.norm2, lambda h: self.multihead_attn(h + at, memory_key, memory))
-        last = self.norm3 if self.cross else self.norm2
-        return self.around(x, last, lambda h: self.linear2(self.drop(self.activation(self.linear1(h)))))
+# %% ../../nbs/policies/450_act.ipynb #283a3f4b
+@patch
+def forward(self: Layer,
+    x: torch.Tensor,          # [B, L, D]
+    at: torch.Tensor,         # [1, L, D] positions of x
+    memory = None,            # [B, M, D] what a decoder looks at
+    memory_key = None,        # [B, M, D] the same with its positions
+    mask = None,              # bool [B, 1, 1, L], true at real tokens
+) -> torch.Tensor:            # [B, L, D]
+    "Each part around its residual."
+    x = self.around(x, self.norm1, lambda h: self.look(h, at, mask))
+    if self.cross: x = self.around(x, self.norm2, lambda h: self.multihead_attn(h + at, memory_key, memory))
+    last = self.norm3 if self.cross else self.norm2
+    return self.around(x, last, lambda h: self.linear2(self.drop(self.activation(self.linear1(h)))))
 
 class Stack(nn.Module):
     "Layers, and a norm at the end where there is one."
@@ -274,7 +278,7 @@ class ActPolicy(Policy):
         if file: load_backbone(policy.model.backbone, file)
         return policy
 
-# %% ../../nbs/policies/450_act.ipynb #283a3f4b
+# %% ../../nbs/policies/450_act.ipynb #98fcdf77
 @patch
 def observed(self: ActPolicy,
     batch: dict,  # pre-processed
@@ -305,6 +309,7 @@ def loss_terms(self: ActPolicy,
     if kl is None: return total, count, logs
     return total + c.kl_weight * kl * count, count, {**logs, "kld_loss": kl.detach()}
 
+# %% ../../nbs/policies/450_act.ipynb #6185966b
 @patch
 def predict_action_chunk(self: ActPolicy,
     batch: dict,    # pre-processed

@@ -7,6 +7,7 @@ __all__ = ['ActionQueue', 'TemporalEnsemble']
 
 # %% ../../nbs/policies/420_queue.ipynb #9ec1fe77
 import torch
+from fastcore.basics import patch
 
 from ..core.types import UserError
 
@@ -55,23 +56,25 @@ class TemporalEnsemble:
     def __len__(self): return int(self.fresh)
     def clear(self): self.plan, self.seen, self.fresh = None, None, False
 
-    def push(self,
-        chunk: torch.Tensor,    # [B, T, A]
-    ):
-        "Take a plan that begins at the present step."
-        if chunk.shape[1] != self.chunk_size:
-            raise UserError(f"the ensemble averages plans of {self.chunk_size} actions, not of {chunk.shape[1]}.")
-        if self.plan is None: self.plan, self.seen = chunk.clone(), torch.ones(self.chunk_size, dtype=torch.int64)
-        else:
-            w, sums = self.weights.to(chunk.device), self.sums.to(chunk.device)
-            n = self.seen.to(chunk.device)                           # opinions so far about each step of the old plan
-            mean = (self.plan * sums[n - 1] + chunk[:, :-1] * w[n]) / sums[n]
-            self.plan = torch.cat([mean, chunk[:, -1:]], 1)
-            self.seen = torch.cat([self.seen + 1, torch.ones(1, dtype=torch.int64)])
-        self.fresh = True
-
     def pop(self) -> torch.Tensor: # [B, A]
         "The action of the present step; the next one becomes the present."
         if self.empty: raise UserError("the ensemble has no plan for this step: push a chunk first.")
         action, self.plan, self.seen, self.fresh = self.plan[:, 0], self.plan[:, 1:], self.seen[1:], False
         return action
+
+# %% ../../nbs/policies/420_queue.ipynb #ce8c28f6
+@patch
+def push(self: TemporalEnsemble,
+    chunk: torch.Tensor,    # [B, T, A]
+):
+    "Take a plan that begins at the present step."
+    if chunk.shape[1] != self.chunk_size:
+        raise UserError(f"the ensemble averages plans of {self.chunk_size} actions, not of {chunk.shape[1]}.")
+    if self.plan is None: self.plan, self.seen = chunk.clone(), torch.ones(self.chunk_size, dtype=torch.int64)
+    else:
+        w, sums = self.weights.to(chunk.device), self.sums.to(chunk.device)
+        n = self.seen.to(chunk.device)                           # opinions so far about each step of the old plan
+        mean = (self.plan * sums[n - 1] + chunk[:, :-1] * w[n]) / sums[n]
+        self.plan = torch.cat([mean, chunk[:, -1:]], 1)
+        self.seen = torch.cat([self.seen + 1, torch.ones(1, dtype=torch.int64)])
+    self.fresh = True
