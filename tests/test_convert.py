@@ -186,7 +186,7 @@ def test_a_longer_video_is_cut(tmp_path, small):
     old = broken(tmp_path, small, how)
     new = convert(old, to(tmp_path / "new"))
     assert not diff(old, new, DiffOptions(frames="all"))["differences"] and all(c.ok for c in verify_dataset(new, deep=True))
-    assert not survey((old, [2]))[0]["problems"] and V2Dataset(old).episodes[2]["length"] == 6
+    assert not survey(V2Dataset(old), 2)["problems"] and V2Dataset(old).episodes[2]["length"] == 6
 
 
 def test_dry_run_writes_nothing(tmp_path, small):

@@ -21,7 +21,8 @@ from vla_nb.datasets.features import add_column
 from vla_nb.datasets.lerobot import DatasetMetadata, LeRobotDataset
 from vla_nb.datasets.statistics import StatsOptions, main as stats, recompute
 from vla_nb.datasets.verify import verify_dataset
-from vla_nb.datasets.video import packet_table, video_info
+from vla_nb.datasets.mp4 import read_mp4
+from vla_nb.datasets.video import video_info
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "vla_nb", "data"]
@@ -83,7 +84,7 @@ def test_video_to_images_is_exact_and_back_again(tmp_path, film):
     assert c.meta.video_keys == [TOP] and c.meta.image_keys == ["observation.images.wrist"]
     off = (c.images(TOP, np.arange(36)).int() - a.images(TOP, np.arange(36)).int()).abs().float().mean()
     assert 0 < off < 3 and not whole(tmp_path / "png")
-    keys = np.flatnonzero(packet_table(c.meta.video_file(c.meta.episodes[0], TOP))[1])
+    keys = np.flatnonzero(read_mp4(c.meta.video_file(c.meta.episodes[0], TOP)).keys)
     assert {0, 9, 18, 27} <= set(keys.tolist()) and 2 < np.diff(keys).max() <= 5   # an episode begins with a key frame
     assert stats([str(tmp_path / "png"), "--check", "--images=compute", "--workers=0"]) == 0
     edit(["undo", str(tmp_path / "png")])

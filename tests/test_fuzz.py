@@ -15,6 +15,7 @@ from vla_nb.core.stats import Stats
 from vla_nb.core.types import UserError
 from vla_nb.datasets.fake import fake_dataset
 from vla_nb.datasets.lerobot import DatasetMetadata, LeRobotDataset, read_info
+from vla_nb.datasets.mp4 import read_mp4
 from vla_nb.datasets.video import VideoReader
 
 CAMERA, EPISODES = "observation.images.top", "meta/episodes/chunk-000/file-000.parquet"
@@ -72,6 +73,7 @@ def read_all(root):
 
 
 def read_video(root): VideoReader(root / VIDEO).frames([0, 5])
+def read_index(root): read_mp4(root / VIDEO)
 
 
 TARGETS = {  # name -> (file, how it is mutated, what reads it, cases)
@@ -79,7 +81,8 @@ TARGETS = {  # name -> (file, how it is mutated, what reads it, cases)
     "stats": ("meta/stats.json", "tree", DatasetMetadata, 1000),
     "stats text": ("meta/stats.json", "bytes", lambda r: Stats.from_json(r / "meta/stats.json"), 2000),
     "tasks": ("meta/tasks.parquet", "tail", DatasetMetadata, 1000), "episodes": (EPISODES, "tail", DatasetMetadata, 1500),
-    "rows": (DATA, "tail", read_all, 1000), "video": (VIDEO, "head", read_video, 1200)}
+    "rows": (DATA, "tail", read_all, 1000), "video": (VIDEO, "head", read_video, 1200),
+    "index": (VIDEO, "head", read_index, 3000)}
 
 
 def attack(root, name, seed, cases):

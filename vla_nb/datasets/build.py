@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILE', 'DATA_PATH', 'VIDEO_PATH', 'EPISODES_PER_FILE', 'CARD', 'cast_column', 'column_values', 'data_writer',
            'join_file', 'join_part', 'About', 'write_episodes', 'write_meta', 'write_info', 'described', 'split_stats',
-           'write_total_stats']
+           'read_numbers', 'write_total_stats']
 
 # %% ../../nbs/datasets/118_build.ipynb #9ef85b04
 import os
@@ -19,7 +19,8 @@ from ..core.stats import Stats, aggregate_feature, compute_stats
 from ..core.types import UserError
 from .layout import arrow_type, data_schema, episodes_table, write_tasks
 from .lerobot import VERSION, read_table
-from .video import join_videos, video_info
+from .mp4 import join_videos
+from .video import video_info
 
 # %% ../../nbs/datasets/118_build.ipynb #a4b9f0e7
 FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
@@ -132,10 +133,14 @@ def write_meta(
     rows: list,    # of meta/episodes, with "stats"
     root: Path,    # dataset whose data and videos are written
 ):
-    "Write meta/ and the card."
+    "Write meta/ and the card; statistics of columns that a row lacks are computed."
+    columns = read_numbers(about, root)
+    for row in rows:
+        own = slice(row["dataset_from_index"], row["dataset_to_index"])
+        row["stats"] |= Stats({k: compute_stats(x[own]) for k, x in columns.items() if k not in row["stats"]}).to_dict()
+    write_total_stats(about, rows, root, columns)
     write_episodes(rows, root)
     write_tasks(root / "meta/tasks.parquet", about.tasks)
-    write_total_stats(about, rows, root)
     write_info(about, len(rows), sum(r["length"] for r in rows), root)
 
 # %% ../../nbs/datasets/118_build.ipynb #22a16d39
@@ -191,14 +196,22 @@ def split_stats(
     return out
 
 # %% ../../nbs/datasets/118_build.ipynb #23e839e9
-def write_total_stats(about: About, rows: list, root: Path):
-    "Statistics of the whole dataset: exact for columns, combined for pictures."
-    parts, stats = {k: [] for k in about.numbers}, {}
+def read_numbers(
+    about: About,  # what the dataset is
+    root: Path,    # dataset whose data is written
+) -> dict:         # column → [N, *shape], in the order of the frames
+    "All columns of numbers."
+    parts = {k: [] for k in about.numbers}
     for path in sorted(root.glob("data/*/*.parquet")):
         table = read_table(path, about.numbers)
         for k in parts: parts[k] += [column_values(c, about.features[k]) for c in table[k].chunks]
+    return {k: np.concatenate(p) for k, p in parts.items()}
+
+def write_total_stats(about: About, rows: list, root: Path, columns: dict | None = None):
+    "Statistics of the whole dataset: exact for columns (those in the files, or given), combined for pictures."
+    columns, stats = columns or read_numbers(about, root), {}
     for k, f in about.features.items():
-        if k in parts: stats[k] = compute_stats(np.concatenate(parts[k]))
+        if k in columns: stats[k] = compute_stats(columns[k])
         elif f["dtype"] in ("image", "video"):
             stats[k] = aggregate_feature([r["stats"][k] for r in rows if "count" in r["stats"].get(k, {})])
     Stats(stats).to_json(root / "meta/stats.json")

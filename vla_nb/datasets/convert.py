@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['JOBS', 'Job', 'read_v2_info', 'numbered', 'V2Dataset', 'v2_features', 'survey', 'survey_rows', 'survey_video',
            'picture_column', 'episode_rows', 'convert_data', 'convert_video', 'measure_pictures', 'stored_pictures',
-           'work_on', 'plan', 'has_picture_stats', 'kept_stats', 'episode_records', 'ConvertOptions', 'look', 'convert',
-           'describe', 'run_jobs', 'finish', 'main']
+           'work_on', 'work_apart', 'plan', 'has_picture_stats', 'kept_stats', 'episode_records', 'ConvertOptions',
+           'look', 'convert', 'describe', 'run_jobs', 'finish', 'main']
 
 # %% ../../nbs/datasets/170_convert.ipynb #3a768cb7
 import os
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pyarrow as pa
@@ -22,13 +24,14 @@ from ..core.config import apply_flags, parse_flags
 from ..core.files import (atomic_write, file_lock, hash_json, read_json, read_jsonl, sha256_file, sync_tree,
                                write_json)
 from ..core.progress import bar
-from ..core.stats import Stats, compute_stats, image_stats, sample_indices
+from ..core.stats import Stats, check_finite, image_stats, sample_indices
 from ..core.types import UserError
 from ..core.workers import Workers
 from .build import DATA_PATH, About, cast_column, column_values, data_writer, join_part, write_meta
 from .layout import DEFAULTS, PICTURE, arrow_type, check_features, data_schema
 from .lerobot import DatasetMetadata, read_table
-from .video import VideoReader, codec_header
+from .mp4 import read_mp4
+from .video import VideoReader
 from .writer import group_sizes
 
 # %% ../../nbs/datasets/170_convert.ipynb #d4e3f1bf
@@ -118,17 +121,15 @@ def fingerprint(self: V2Dataset) -> str:
 
 # %% ../../nbs/datasets/170_convert.ipynb #6afbde8d
 def survey(
-    job: tuple,  # (dataset folder, episode numbers)
-) -> list:       # per episode {"bytes", "problems", camera: {"bytes", "header"}}
-    "Look at the files of some episodes."
-    source, out = V2Dataset(job[0]), []
-    for e in job[1]:
-        found, problems = survey_rows(source, e)
-        for key in source.video_keys:
-            found[key], wrong = survey_video(source.file(e, key), source.episodes[e]["length"])
-            problems += wrong
-        out.append(found | {"problems": problems})
-    return out
+    source: V2Dataset,  # where from
+    episode: int,       # number
+) -> dict:              # {"bytes", "problems", camera: {"bytes", "codec"}}
+    "Look at the files of an episode."
+    found, problems = survey_rows(source, episode)
+    for key in source.video_keys:
+        found[key], wrong = survey_video(source.file(episode, key), source.episodes[episode]["length"])
+        problems += wrong
+    return found | {"problems": problems}
 
 def survey_rows(
     source: V2Dataset,  # where from
@@ -150,15 +151,12 @@ def survey_rows(
 def survey_video(
     path: Path,   # mp4 of an episode
     length: int,  # rows of the episode
-) -> tuple:       # ({"bytes", "header": decoder configuration as hex}, problems)
+) -> tuple:       # ({"bytes", "codec": what must be equal for joining}, problems)
     "Look at a video file."
-    try:
-        reader, size = VideoReader(path), path.stat().st_size
-        frames, header = len(reader), codec_header(path).hex()
-        reader.close()
-    except UserError as err: return {"bytes": 0, "header": ""}, [str(err)]
-    short = [f"{path}: {frames} pictures for {length} rows"] if frames < length else []
-    return {"bytes": size, "header": header}, short
+    try: video = read_mp4(path)
+    except UserError as err: return {"bytes": 0, "codec": b""}, [str(err)]
+    short = [f"{path}: {len(video)} pictures for {length} rows"] if len(video) < length else []
+    return {"bytes": path.stat().st_size, "codec": video.codec}, short
 
 # %% ../../nbs/datasets/170_convert.ipynb #2e991966
 def picture_column(
@@ -181,23 +179,23 @@ def episode_rows(
     source: V2Dataset,  # where from
     episode: int,       # number
     first: int,         # global number of its first frame
-) -> tuple:             # (rows as pa.Table, statistics of its vectors, whether time stamps were replaced)
+) -> pa.Table:
     "The rows of one episode in the layout of v3.0."
     path, n = source.file(episode), source.episodes[episode]["length"]
     table, schema, frame = read_table(path), data_schema(source.features), np.arange(n)
     exact = {"frame_index": frame, "index": first + frame, "episode_index": np.full(n, episode)}
-    columns, stats, moved = [], {}, False
+    columns = []
     for key in schema.names:
         f = source.features[key]
         try:
             if f["dtype"] == "image": columns.append(picture_column(table[key], source.root)); continue
             array = pa.array(exact[key]) if key in exact else cast_column(table[key], f)
             if key == "timestamp" and np.abs(array.to_numpy() - frame / source.fps).max() > 1e-4:
-                array, moved = pa.array((frame / source.fps).astype(np.float32)), True
+                array = pa.array((frame / source.fps).astype(np.float32))
             columns.append(array)
-            if f["dtype"] != "string": stats[key] = compute_stats(column_values(array, f))
+            if f["dtype"] != "string": check_finite(column_values(array, f))
         except (UserError, pa.ArrowException) as err: raise UserError(f"{path}, column {key!r}: {err}") from err
-    return pa.Table.from_arrays(columns, schema=schema), stats, moved
+    return pa.Table.from_arrays(columns, schema=schema)
 
 # %% ../../nbs/datasets/170_convert.ipynb #599f7b12
 JOBS = ".jobs"
@@ -207,17 +205,15 @@ def convert_data(
     work: Path,         # unfinished dataset
     episodes: list,     # numbers that share a file
     place: tuple,       # (chunk, file)
-) -> list:              # per episode {"stats", "moved"}
-    "Write one data file."
+):
+    "Write one data file, a row group per episode."
     first = sum(e["length"] for e in source.episodes[:episodes[0]])
-    path, out = work / DATA_PATH.format(chunk_index=place[0], file_index=place[1]), []
+    path = work / DATA_PATH.format(chunk_index=place[0], file_index=place[1])
     with atomic_write(path) as f, data_writer(f, source.features) as writer:
         for e in episodes:
-            rows, stats, moved = episode_rows(source, e, first)
+            rows = episode_rows(source, e, first)
             writer.write_table(rows, row_group_size=max(len(rows), 1))
-            out.append({"stats": Stats(stats).to_dict(), "moved": moved})
             first += len(rows)
-    return out
 
 # %% ../../nbs/datasets/170_convert.ipynb #4dda5a50
 def convert_video(
@@ -226,11 +222,10 @@ def convert_video(
     key: str,           # camera
     episodes: list,     # numbers that share a file
     place: tuple,       # (chunk, file)
-) -> list:              # nothing per episode
+):
     "Write one video file without re-encoding."
     ranges = [(0, source.episodes[e]["length"]) for e in episodes]
     join_part([source.file(e, key) for e in episodes], ranges, work, key, place, source.fps)
-    return [{}] * len(episodes)
 
 # %% ../../nbs/datasets/170_convert.ipynb #c15f12ac
 def measure_pictures(
@@ -262,16 +257,19 @@ def stored_pictures(source: V2Dataset, episode: int, key: str, rows):
 Job = namedtuple("Job", "name kind key episodes place")
 
 def work_on(
-    task: tuple,  # (source folder, unfinished dataset, Job)
-) -> str:         # name of the job
-    "Do one job in a worker process."
-    root, work, job = task
-    source = V2Dataset(root)
+    source: V2Dataset,  # where from
+    work: Path,         # unfinished dataset
+    job: Job,           # of the plan
+):
+    "Do one job."
     if job.kind == "data": result = convert_data(source, work, job.episodes, job.place)
     elif job.kind == "video": result = convert_video(source, work, job.key, job.episodes, job.place)
     else: result = measure_pictures(source, job.episodes)
     write_json(work / JOBS / f"{job.name}.json", result)
-    return job.name
+
+def work_apart(task: tuple):
+    "Do one job in a process of its own: (source folder, unfinished dataset, Job)."
+    work_on(V2Dataset(task[0]), *task[1:])
 
 # %% ../../nbs/datasets/170_convert.ipynb #9ba3b5b1
 def plan(
@@ -286,7 +284,7 @@ def plan(
     for i, group in enumerate(group_sizes([f["bytes"] for f in found], data_mb)):
         jobs.append(Job(f"data-{i:05d}", "data", None, list(group), divmod(i, 1000)))
     for key in source.video_keys:
-        heads = [f[key]["header"] for f in found]
+        heads = [f[key]["codec"] for f in found]
         breaks = {i for i in range(1, n) if heads[i] != heads[i - 1]}
         for i, group in enumerate(group_sizes([f[key]["bytes"] for f in found], video_mb, breaks)):
             jobs.append(Job(f"video-{key}-{i:05d}", "video", key, list(group), divmod(i, 1000)))
@@ -320,7 +318,7 @@ def episode_records(
                      "dataset_to_index": first + e["length"], "stats": {}})
         first += e["length"]
     for job in jobs:
-        results, at = read_json(work / JOBS / f"{job.name}.json"), 0
+        results, at = read_json(work / JOBS / f"{job.name}.json") or [{}] * len(job.episodes), 0
         prefix = "data" if job.kind == "data" else f"videos/{job.key}"
         for e, result in zip(job.episodes, results):
             if job.place: rows[e] |= {f"{prefix}/chunk_index": job.place[0], f"{prefix}/file_index": job.place[1]}
@@ -342,17 +340,16 @@ class ConvertOptions:
     image_stats: str = "auto"    # auto: keep the source's when every episode has them; compute: measure, with quantiles
     data_mb: int = 100           # a data file is closed before it grows beyond this
     video_mb: int = 200          # a video file is closed before it grows beyond this
-    workers: int = 2             # processes
+    workers: int = 2             # files written at once, and processes that measure pictures
     dry_run: bool = False        # only look, and say what would be done
 
 def look(
     source: V2Dataset,  # where from
-    pool: Workers,      # open processes
+    threads: int,       # files read at once
 ) -> list:              # results of `survey`
     "Survey all episodes; what is wrong is one error."
-    numbers = range(len(source.episodes))
-    parts = [(source.root, list(numbers[a:a + 50])) for a in range(0, len(numbers), 50)]
-    found = [row for part in bar(pool.map(survey, parts), total=len(parts), desc="survey") for row in part]
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(bar(pool.map(partial(survey, source), range(n := len(source.episodes))), total=n, desc="survey"))
     problems = [p for f in found for p in f["problems"]]
     missing = [k for k in DEFAULTS if k not in source.features]
     if missing: problems.insert(0, f"info.json lacks the columns {', '.join(missing)}")
@@ -373,13 +370,13 @@ def convert(
     check_features(source.features)
     if target.exists() and any(target.iterdir()): raise UserError(f"{target} exists already; choose a new folder")
     work = target.with_name(f".{target.name}.converting")
-    with file_lock(target.with_name(f".{target.name}.lock"), wait=False), Workers(options.workers) as pool:
-        found = look(source, pool)
+    with file_lock(target.with_name(f".{target.name}.lock"), wait=False):
+        found = look(source, max(options.workers, 1))
         measure = options.image_stats == "compute" or not has_picture_stats(source)
         jobs = plan(source, found, options.data_mb, options.video_mb, measure and bool(source.camera_keys))
         print(describe(source, jobs), flush=True)
         if options.dry_run: return target
-        run_jobs(source, jobs, work, pool)
+        run_jobs(source, jobs, work, options.workers)
         about = About(source.fps, source.features, source.tasks, source.info.get("robot_type"), source.root.name,
                       source.info.get("splits"), (options.data_mb, options.video_mb))
         write_meta(about, episode_records(source, jobs, work), work)
@@ -403,9 +400,9 @@ def run_jobs(
     source: V2Dataset,  # where from
     jobs: list,         # the plan
     work: Path,         # unfinished dataset
-    pool: Workers,      # open processes
+    workers: int,       # jobs done at once; 0 = no processes
 ):
-    "Do the jobs that are left of an earlier attempt, or all."
+    "Do the jobs that are left of an earlier attempt, or all: files in threads, pictures in processes."
     key, started = hash_json([source.fingerprint(), [list(j) for j in jobs]]), work / JOBS / "plan.json"
     work.mkdir(parents=True, exist_ok=True)
     if not started.is_file() or read_json(started) != key:
@@ -414,8 +411,11 @@ def run_jobs(
     for p in work.rglob(".*.tmp"): p.unlink()
     left = [j for j in jobs if not (work / JOBS / f"{j.name}.json").is_file()]
     if len(left) < len(jobs): print(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done already", flush=True)
-    large = sorted(left, key=lambda j: (j.kind != "video", j.kind == "data"))   # long jobs first
-    for _ in bar(pool.map(work_on, [(source.root, work, j) for j in large]), total=len(large), desc="convert"): pass
+    files, pictures = [j for j in left if j.place], [(source.root, work, j) for j in left if not j.place]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for _ in bar(pool.map(partial(work_on, source, work), files), total=len(files), desc="files"): pass
+    with Workers(workers if pictures else 0) as pool:
+        for _ in bar(pool.map(work_apart, pictures), total=len(pictures), desc="pictures"): pass
 
 def finish(work: Path, target: Path):
     "Put the finished dataset in place."

@@ -25,7 +25,8 @@ from .build import DATA_PATH, About, cast_column, column_values, data_writer, jo
 from .depth import is_depth
 from .layout import DEFAULTS, check_features, data_schema, episode_table, write_tasks
 from .lerobot import DatasetMetadata, episode_rows, read_table, select_episodes
-from .video import CODECS, VideoReader, can_copy, codec_header, encode_video, packet_table
+from .mp4 import read_mp4
+from .video import CODECS, VideoReader, encode_video
 from .writer import group_sizes
 
 # %% ../../nbs/datasets/180_edit.ipynb #f400adcc
@@ -131,17 +132,17 @@ def video_parts(
     scratch: Path,  # folder for what must be encoded again
 ) -> list:          # (file, (first, count), bytes, decoder configuration) of each episode
     "Where the pictures of each episode come from."
-    table, header, out = lru_cache(packet_table), lru_cache(codec_header), []
+    read, out = lru_cache(read_mp4), []
     for i, (meta, e) in enumerate(plan.parts):
         n = meta.episodes[e]["length"]
         if key in plan.made:
             path = plan.made[key].files[i]
-            out.append((path, (0, n), path.stat().st_size, codec_header(path)))
+            out.append((path, (0, n), path.stat().st_size, read(path).codec))
             continue
         path = meta.video_file(meta.episodes[e], key)
         first = round(meta.episodes[e][f"videos/{key}/from_timestamp"] * meta.fps)
-        size = path.stat().st_size * n // max(len(table(path)[0]), 1)
-        if not can_copy(table(path), first, n):
+        size = path.stat().st_size * n // len(read(path))
+        if not read(path).can_copy(first, n):
             if is_depth(meta.features[key]): raise UserError(f"{path}: depth is not encoded again, cut elsewhere")
             codec = (meta.features[key].get("info") or {}).get("video.codec", "h264")
             fresh, reader = scratch / f"{key}-{i:06d}.mp4", VideoReader(path)
@@ -149,7 +150,7 @@ def video_parts(
             encode_video(fresh, pictures, meta.fps, vcodec=codec if codec in CODECS else "h264")
             reader.close()
             path, first = fresh, 0
-        out.append((path, (first, n), size, header(path)))
+        out.append((path, (first, n), size, read(path).codec))
     return out
 
 # %% ../../nbs/datasets/180_edit.ipynb #6b602654

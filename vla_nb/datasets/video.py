@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODECS', 'MAX_OPEN', 'VideoWriter', 'encode_video', 'frame_table', 'frame_places', 'VideoReader', 'video_reader',
-           'video_info', 'codec_header', 'packet_table', 'can_copy', 'copied_packets', 'join_videos', 'rising_runs']
+           'video_info']
 
 # %% ../../nbs/datasets/100_video.ipynb #950ef715
 import os
@@ -256,79 +256,3 @@ def video_info(
         return {"video.height": s.height, "video.width": s.width, "video.codec": s.codec.canonical_name,
                 "video.pix_fmt": s.pix_fmt, "video.is_depth_map": False, "video.fps": int(s.base_rate),
                 "video.channels": 3, "has_audio": bool(file.streams.audio)}
-
-def codec_header(
-    path,  # video file
-) -> bytes:  # decoder configuration; only files with equal ones can be joined
-    "The decoder configuration stored in a file."
-    with av.open(str(path)) as file: return bytes(file.streams.video[0].codec_context.extradata or b"")
-
-# %% ../../nbs/datasets/100_video.ipynb #4c2df143
-def packet_table(
-    path,  # video file
-) -> tuple:  # for each packet in file order: which picture of the display order int64 [N], key frame or not bool [N]
-    "How a file's packets are ordered: 0, 1, 2, … unless it stores B-frames."
-    with av.open(str(path)) as file:
-        packets = [(p.pts, p.is_keyframe) for p in file.demux(file.streams.video[0]) if p.pts is not None]
-    ticks, keys = np.array([t for t, _ in packets], np.int64), np.array([k for _, k in packets], bool)
-    return np.argsort(np.argsort(ticks, kind="stable"), kind="stable"), keys
-
-def can_copy(
-    table: tuple,  # of `packet_table`
-    first: int,    # first picture
-    count: int,    # pictures
-) -> bool:
-    "Whether a range of pictures can be copied without re-encoding."
-    order, keys = table
-    if (order == np.arange(len(order))).all(): return bool(keys[first])
-    return (first, count) == (0, len(order))   # B-frames: only whole files
-
-def copied_packets(
-    file,          # opened av container
-    table: tuple,  # of `packet_table`
-    ranges: list,  # (first, count), rising
-):                 # yields (packet, number of its picture counted from the first of the range, number of the range)
-    "The packets of some ranges of pictures, in one walk through the file."
-    packets = enumerate(p for p in file.demux(file.streams.video[0]) if p.pts is not None)
-    for r, (first, count) in enumerate(ranges):
-        for k, packet in packets:
-            if k >= first: yield packet, int(table[0][k]) - first, r
-            if k == first + count - 1: break
-
-# %% ../../nbs/datasets/100_video.ipynb #4cc9f5b3
-def join_videos(
-    parts,  # video files of the same camera, in order, with equal codec_header
-    path,  # mp4 file to write
-    fps: int,  # pictures per second
-    ranges=None,  # (first picture, pictures) to take of each part; None = all
-) -> int:  # number of frames
-    "Concatenate video files, or parts of them, without re-encoding."
-    tables = {p: packet_table(p) for p in dict.fromkeys(parts)}
-    ranges = [(0, len(tables[p][0])) for p in parts] if ranges is None else ranges
-    for part, (first, n) in zip(parts, ranges):
-        if first + n > len(tables[part][0]):
-            raise UserError(f"{part} holds {len(tables[part][0])} pictures, {first + n} are needed")
-        if not can_copy(tables[part], first, n):
-            raise UserError(f"{part}: pictures {first} to {first + n - 1} cannot be cut out without re-encoding")
-    lag, count = max(int((np.arange(len(o)) - o).max()) for o, _ in tables.values()), 0   # 0 without B-frames
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as out:
-        stream = None
-        for part, run in rising_runs(parts, ranges):
-            starts = count + np.cumsum([0] + [n for _, n in run])
-            with av.open(str(part)) as file:
-                stream = stream or out.add_stream_from_template(file.streams.video[0], opaque=True)
-                for k, (packet, at, r) in enumerate(copied_packets(file, tables[part], run)):
-                    packet.time_base, packet.duration, packet.stream = Fraction(1, fps), 1, stream
-                    packet.pts, packet.dts = int(starts[r]) + at, count + k - lag
-                    out.mux(packet)
-            count = int(starts[-1])
-    return count
-
-# %% ../../nbs/datasets/100_video.ipynb #527e2d5b
-def rising_runs(parts, ranges) -> list:
-    "Neighbouring parts of the same file whose ranges follow each other: [(file, ranges)]."
-    runs = []
-    for part, (first, n) in zip(parts, ranges):
-        if runs and runs[-1][0] == part and sum(runs[-1][1][-1]) <= first: runs[-1][1].append((first, n))
-        else: runs.append((part, [(first, n)]))
-    return runs

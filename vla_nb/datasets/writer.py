@@ -24,7 +24,8 @@ from .build import (
 from .layout import DEFAULTS, check_features, episode_table, write_tasks
 from .info import unfinished
 from .lerobot import DatasetMetadata, episode_rows, read_info, read_table
-from .video import VideoReader, VideoWriter, codec_header
+from .mp4 import read_mp4
+from .video import VideoReader, VideoWriter
 
 # %% ../../nbs/datasets/120_writer.ipynb #2f6d8ca7
 JOURNAL, TORN = ".journal", ".torn"
@@ -344,7 +345,7 @@ def _pack_data(self: DatasetWriter, rows):
 def _pack_videos(self: DatasetWriter, key, rows):
     "Write the video files of one camera of the new episodes."
     parts = [self._saved(r, f"{key}.mp4") for r in rows]
-    heads, fps, prefix = [codec_header(p) for p in parts], self.config["fps"], f"videos/{key}"
+    heads, fps, prefix = [read_mp4(p).codec for p in parts], self.config["fps"], f"videos/{key}"
     breaks = {i for i in range(1, len(parts)) if heads[i] != heads[i - 1]}
     for step, group in enumerate(group_sizes([p.stat().st_size for p in parts], self.config["video_mb"], breaks)):
         chunk, number = self._next_file(prefix, step)
