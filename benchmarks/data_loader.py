@@ -4,10 +4,11 @@
 
 PYTHON is an interpreter with LeRobot 0.4 (an environment of its own). A sample is one frame of two cameras and the next 50 actions;
 batches of 32 come from an ordinary DataLoader, in this process (pinned to one core) or from two workers, one thread each. Readers
-take turns, each in a fresh process; opening and the first two batches are not timed. `ours` returns float32 pictures as LeRobot
-does, `ours, uint8` what training reads, `ours, cache` the same from a frame cache of 224x224 pixels. Beside them stand the limits:
-libav alone, random (seek, decode) and in sequence, with and without conversion to RGB, and JPEG. Writes
-reports/benchmarks/data_loader.json; --keep leaves the recorded data in a folder for the next run.
+take turns, each in a fresh process; opening and the first two batches are not timed. `ours, uint8` is what training reads: pictures
+are bytes until the device has them; `ours, float here` makes float32 of them in the process that receives the batch; `ours` returns
+float32 from the data set, as LeRobot does, so that four times the bytes travel between processes; `ours, cache` reads bytes from a
+frame cache of 224x224 pixels. Beside them stand the limits: libav alone, random (seek, decode) and in sequence, with and without
+conversion to RGB, and JPEG. Writes reports/benchmarks/data_loader.json; --keep leaves the recorded data for the next run.
 """
 import json
 import os
@@ -55,7 +56,9 @@ order = np.random.default_rng(job["seed"]).permutation(len(ds))[:job["batch"] * 
 batches = iter(torch.utils.data.DataLoader(ds, job["batch"], sampler=order, num_workers=job["workers"], **more))
 for _ in range(2): next(batches)
 begun, n = time.perf_counter(), 0
-for b in batches: n += len(b["action"])
+for b in batches:
+    if job["who"] == "ours, float here": b = {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in b.items() if k != "task"}
+    n += len(b["action"])
 print(json.dumps({"rate": n / (time.perf_counter() - begun), "backend": backend}))
 """
 
@@ -139,7 +142,7 @@ def measure(box, size, lerobot, repeat, vcodec) -> dict:
     (episodes, frames, batches), name = SHAPES[size], f"{size[0]}x{size[1]}"
     root = box / name
     if not root.is_dir(): record(root, size, episodes, frames, vcodec)
-    readers = [(w, n) for n in (0, 2) for w in ("lerobot", "ours", "ours, uint8", "ours, cache")]
+    readers = [(w, n) for n in (0, 2) for w in ("lerobot", "ours", "ours, uint8", "ours, float here", "ours, cache")]
     if size[0] < CACHED[0]: readers = [r for r in readers if r[0] != "ours, cache"]
     else:
         shutil.rmtree(box / f"{name}-cache", ignore_errors=True)
@@ -171,7 +174,7 @@ def verdicts(sizes) -> list:
     for name, r in sizes.items():
         m, goal = r["median"], 5.0 if name == "96x96" else 2.0
         for n in (0, 2):
-            for who in ("ours", "ours, uint8"):
+            for who in ("ours, uint8", "ours, float here"):
                 rows.append((f"{name}, {n} workers: {who} / LeRobot", m[f"{who}, {n} workers"] / m[f"lerobot, {n} workers"], goal))
         for kind in ("random", "random_rgb"):
             share = len(CAMERAS) * m["ours, uint8, 0 workers"] / r["libav"][kind]

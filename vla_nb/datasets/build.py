@@ -128,6 +128,7 @@ def write_episodes(
         with atomic_write(root / f"meta/episodes/{FILE.format(chunk_index=chunk, file_index=number)}.parquet") as f:
             pq.write_table(table, f, compression="snappy")
 
+# %% ../../nbs/datasets/118_build.ipynb #28901718
 def write_meta(
     about: About,  # what the dataset is
     rows: list,    # of meta/episodes, with "stats"

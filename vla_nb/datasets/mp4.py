@@ -155,21 +155,24 @@ def video_track(
         return tables | {"edits": inside(trak, "edts/elst", path) if "edts" in dict(boxes(trak, path)) else b""}
     raise UserError(f"video {path} holds no picture; the file is truncated or damaged")
 
+# %% ../../nbs/datasets/101_mp4.ipynb #f77ed0d9
 def read_mp4(
     path,     # mp4 file
 ) -> Mp4:
     "Read the index of a file; a file that is cut off, damaged or in an unusual form is an error."
     moov, end = read_moov(path)
     tables = video_track(moov, path)
-    sizes, entry, kind = picture_sizes(tables["stsz"], end, path), tables["stsd"][8:], "co64" if "co64" in tables else "stco"
+    sizes, entry = picture_sizes(tables["stsz"], end, path), tables["stsd"][8:]
     if len(entry) < 86 or tables["stsd"][4:8] != b"\0\0\0\1" or int.from_bytes(entry[:4]) != len(entry):
         raise UserError(f"video {path} changes its codec or does not tell it; it cannot be read by parts")
     if len(sizes) == 0: raise UserError(f"video {path} holds no picture; the file is truncated or damaged")
-    starts = numbers(tables.get(kind, b""), ">u8" if kind == "co64" else ">u4", 1, path)[:, 0]
+    kind, width = ("co64", ">u8") if "co64" in tables else ("stco", ">u4")
+    starts = numbers(tables.get(kind, b""), width, 1, path)[:, 0]
     places = picture_places(sizes, starts, numbers(tables["stsc"], ">u4", 3, path), path)
     if (places < 0).any() or (places > end - sizes).any():
         raise UserError(f"video {path} is cut off: pictures lie behind its end")
-    return Mp4(Path(path), entry, sizes, places, key_frames(tables, len(sizes), path), shown_order(tables, len(sizes), path))
+    keys, order = key_frames(tables, len(sizes), path), shown_order(tables, len(sizes), path)
+    return Mp4(Path(path), entry, sizes, places, keys, order)
 
 # %% ../../nbs/datasets/101_mp4.ipynb #2a55102e
 def key_frames(tables: dict, n: int, path) -> np.ndarray:
@@ -253,7 +256,8 @@ def index_boxes(
     tables.append(box("stsz", struct.pack(">III", 0, 0, n), sizes.astype(">u4").tobytes()))
     starts, head = np.cumsum([0] + [b for b, _ in chunks[:-1]]), struct.pack(">I4sQ", 1, b"mdat", total + 16)
     ftyp = box("ftyp", b"isom\0\0\2\0isomiso2mp41")
-    clock = box("mvhd", struct.pack(">IIIIIIH10x", 0, 0, 0, 1000, -(-n * 1000 // fps), 1 << 16, 256), MATRIX, bytes(24), b"\0\0\0\2")
+    times = struct.pack(">IIIIIIH10x", 0, 0, 0, 1000, -(-n * 1000 // fps), 1 << 16, 256)
+    clock = box("mvhd", times, MATRIX, bytes(24), b"\0\0\0\2")
     def index(base):
         places = box(kind, struct.pack(">II", 0, len(starts)), (starts + base).astype(width).tobytes())
         return ftyp + box("moov", clock, track_box(entry, fps, n, lag, [*tables, places])) + head
@@ -303,4 +307,5 @@ def check_range(f: Mp4, first: int, n: int, model: Mp4):
     if first + n > len(f): raise UserError(f"{f.path} holds {len(f)} pictures, {first + n} are needed")
     if not f.can_copy(first, n):
         raise UserError(f"{f.path}: pictures {first} to {first + n - 1} cannot be cut out without re-encoding")
-    if f.codec != model.codec: raise UserError(f"{f.path} and {model.path} are encoded differently; they cannot be joined")
+    if f.codec != model.codec:
+        raise UserError(f"{f.path} and {model.path} are encoded differently; they cannot be joined")
