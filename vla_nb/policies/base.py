@@ -27,6 +27,7 @@ from ..processors.text import pad_rows
 POLICIES = {
     "pi0_fast": "vla_nb.policies.pi0_fast:Pi0FastPolicy",
     "act": "vla_nb.policies.act:ActPolicy",
+    "smolvla": "vla_nb.policies.smolvla:SmolVLAPolicy",
     "fake": "vla_nb.policies.fake:FakePolicy",
 }
 LANG_TOKENS = "observation.language.tokens"         # int64 [B, Lp] prefix ids, right-padded
