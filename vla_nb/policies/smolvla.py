@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import tempfile
 
+import numpy as np
 import safetensors
 import torch
 from fastcore.basics import patch
@@ -44,7 +45,7 @@ class SmolVLAConfig(PolicyConfig):
     max_state_dim: int = 32             # the state is filled up with zeros to this width
     max_action_dim: int = 32            # and an action
     resize_imgs_with_padding: tuple[int, int] | None = (512, 512)  # pictures the tower sees, in pixels; None: as they come
-    empty_cameras: int = 0              # cameras of input_features that may be missing
+    empty_cameras: int = 0              # cameras without a picture; as many of input_features may be missing
     tokenizer_max_length: int = 48      # longest instruction, in tokens
     num_steps: int = 10                 # steps of the sampler
     freeze_vision_encoder: bool = True  # the tower is not trained
@@ -239,8 +240,18 @@ def present(self: SmolVLAPolicy,
     there = [k for k in self.cameras if k in batch]
     allowed = self.config.empty_cameras
     if not there or len(self.cameras) - len(there) > allowed:
-        require_keys(f"the batch (empty_cameras={allowed})", self.cameras, batch)
+        require_keys(f"smolvla with empty_cameras={allowed}: the batch", self.cameras, batch)
     return there
+
+@patch
+def check_observation(self: SmolVLAPolicy,
+    observation: dict,  # raw, unbatched
+) -> dict:              # the policy's own keys only, pictures channels-first
+    "As every policy, but a camera may be missing."
+    there = self.present(observation)
+    blank = {k: np.zeros((3, 1, 1), np.uint8) for k in self.cameras if k not in there}
+    out = Policy.check_observation(self, {**observation, **blank})
+    return {k: v for k, v in out.items() if k not in blank}
 
 @patch
 def picture(self: SmolVLAPolicy,
@@ -263,11 +274,11 @@ def pictures(self: SmolVLAPolicy,
     rows, n = seen.shape[1:3]
     ones, parts = torch.ones(rows, 1, dtype=torch.bool, device=seen.device), []
     marks = net.embed_words(torch.tensor(self.marks, dtype=torch.int64, device=seen.device)).expand(rows, -1, -1)
-    order = [*there, *[k for k in self.cameras if k not in there]]
-    for i, camera in enumerate(order):
-        kept = batch.get(f"{camera}_padding_mask", ones[:, 0]).bool()[:, None]
+    for i in range(len(there) + self.config.empty_cameras):
         if self.marks: parts.append((marks, ones.expand(-1, 2), False))
-        if i < len(there): parts.append((seen[i], kept.expand(-1, n), True))
+        if i < len(there):
+            kept = batch.get(f"{there[i]}_padding_mask", ones[:, 0]).bool()[:, None]
+            parts.append((seen[i], kept.expand(-1, n), True))
         if self.marks: parts.append((marks[:, :1], ones, False))
     image = torch.cat([torch.full(x.shape[1:2], p, device=x.device) for x, _, p in parts])
     return torch.cat([x for x, _, _ in parts], 1), torch.cat([v for _, v, _ in parts], 1), image
