@@ -2675,6 +2675,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'vla_nb/policies/smolvla.py'),
                                          'vla_nb.policies.smolvla.SmolVLAPolicy.__init__': ( 'policies/smolvla.html#smolvlapolicy.__init__',
                                                                                              'vla_nb/policies/smolvla.py'),
+                                         'vla_nb.policies.smolvla.SmolVLAPolicy.check_observation': ( 'policies/smolvla.html#smolvlapolicy.check_observation',
+                                                                                                      'vla_nb/policies/smolvla.py'),
                                          'vla_nb.policies.smolvla.SmolVLAPolicy.embed': ( 'policies/smolvla.html#smolvlapolicy.embed',
                                                                                           'vla_nb/policies/smolvla.py'),
                                          'vla_nb.policies.smolvla.SmolVLAPolicy.features': ( 'policies/smolvla.html#smolvlapolicy.features',
