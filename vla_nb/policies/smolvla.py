@@ -37,6 +37,7 @@ from ..processors.vision import resize_with_pad
 # %% ../../nbs/policies/460_smolvla.ipynb #8fa98371
 def modes() -> dict: return {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
+# %% ../../nbs/policies/460_smolvla.ipynb #1d74779c
 @dataclass(frozen=True)
 class SmolVLAConfig(PolicyConfig):
     "Configuration of SmolVLA; the defaults are LeRobot's and those of SmolVLM2-500M."
@@ -44,14 +45,14 @@ class SmolVLAConfig(PolicyConfig):
     normalization_mapping: dict[str, str] = field(default_factory=modes)  # kind → mode
     max_state_dim: int = 32             # the state is filled up with zeros to this width
     max_action_dim: int = 32            # and an action
-    resize_imgs_with_padding: tuple[int, int] | None = (512, 512)  # pictures the tower sees, in pixels; None: as they come
+    resize_imgs_with_padding: tuple[int, int] | None = (512, 512)  # pictures the tower sees, in pixels; None: own size
     empty_cameras: int = 0              # cameras without a picture; as many of input_features may be missing
     tokenizer_max_length: int = 48      # longest instruction, in tokens
     num_steps: int = 10                 # steps of the sampler
     freeze_vision_encoder: bool = True  # the tower is not trained
     train_expert_only: bool = True      # nor is the rest of the VLM
     train_state_proj: bool = True       # the projection of the state is trained
-    vlm_model_name: str = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"  # folder or Hub name of the VLM and its tokenizer
+    vlm_model_name: str = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"  # folder or Hub name, VLM and tokenizer
     load_vlm_weights: bool = False      # a new policy starts from the weights of `vlm_model_name`
     allow_random_backbone: bool = False # a new policy may start from a random VLM
     add_image_special_tokens: bool = False  # put the VLM's picture marks around every picture
@@ -68,7 +69,7 @@ class SmolVLAConfig(PolicyConfig):
     patch_positions: str = "exact"      # "shifted": as transformers 4.5x computes them (LeRobot 0.4)
     vlm: VLMSizes = VLMSizes()          # sizes of the VLM; vocab_size 0: as many as the texts need
 
-# %% ../../nbs/policies/460_smolvla.ipynb #1d74779c
+# %% ../../nbs/policies/460_smolvla.ipynb #53dda814
 @patch
 def __post_init__(self: SmolVLAConfig):
     PolicyConfig.__post_init__(self)
@@ -82,13 +83,14 @@ def __post_init__(self: SmolVLAConfig):
     require_keys("input_features of smolvla", [OBS_STATE], self.input_features)
     sides, block = self.resize_imgs_with_padding, self.vlm.patch * self.vlm.scale
     if sides and (sides[0] != sides[1] or sides[0] % block):
-        raise UserError(f"resize_imgs_with_padding is {tuple(sides)}: the tower wants a square whose side is a multiple of "
-                        f"{block} pixels.")
+        raise UserError(f"resize_imgs_with_padding is {tuple(sides)}: the tower wants a square whose side is "
+                        f"a multiple of {block} pixels.")
     widths = {"max_state_dim": self.input_features[OBS_STATE], "max_action_dim": self.output_features[ACTION]}
     for name, feature in widths.items():
         if feature.shape[0] > getattr(self, name):
             raise UserError(f"{name} is {getattr(self, name)}, the data has {feature.shape[0]} dimensions: raise it.")
 
+# %% ../../nbs/policies/460_smolvla.ipynb #8a7c38d6
 @patch(cls_method=True)
 def tiny(cls: SmolVLAConfig,
     features: dict,  # of a dataset
@@ -102,17 +104,18 @@ def tiny(cls: SmolVLAConfig,
                  allow_random_backbone=True, freeze_vision_encoder=False, train_expert_only=False)
     return cls(read, {ACTION: features[ACTION]}, **{**small, **overrides})
 
-# %% ../../nbs/policies/460_smolvla.ipynb #53dda814
+# %% ../../nbs/policies/460_smolvla.ipynb #0612894d
 class VLAFlowMatching(nn.Module):
     "Trunk, and projections of state, actions and time."
     def __init__(self, c: SmolVLAConfig):  # sizes
         super().__init__()
         cross = c.attention_mode == "cross_attn"
-        self.vlm_with_expert = net = SmolVLMWithExpert(c.vlm, c.num_vlm_layers, c.num_expert_layers, c.self_attn_every_n_layers,
-                                                       c.expert_width_multiplier, cross, c.patch_positions)
-        self.state_proj = nn.Linear(c.max_state_dim, c.vlm.width)
-        self.action_in_proj, self.action_out_proj = nn.Linear(c.max_action_dim, net.width), nn.Linear(net.width, c.max_action_dim)
-        self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * net.width, net.width), nn.Linear(net.width, net.width)
+        self.vlm_with_expert = net = SmolVLMWithExpert(
+            c.vlm, c.num_vlm_layers, c.num_expert_layers, c.self_attn_every_n_layers, c.expert_width_multiplier, cross,
+            c.patch_positions)
+        self.state_proj, w = nn.Linear(c.max_state_dim, c.vlm.width), net.width
+        self.action_in_proj, self.action_out_proj = nn.Linear(c.max_action_dim, w), nn.Linear(w, c.max_action_dim)
+        self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * w, w), nn.Linear(w, w)
         self.periods = (c.min_period, c.max_period)
 
     def velocity(self,
@@ -142,7 +145,7 @@ def freeze(
                  last.post_attention_layernorm): part.requires_grad_(False)
     model.state_proj.requires_grad_(c.train_state_proj)
 
-# %% ../../nbs/policies/460_smolvla.ipynb #8a7c38d6
+# %% ../../nbs/policies/460_smolvla.ipynb #bbade8a7
 class SmolVLAPolicy(Policy):
     "Flow-matching policy on a small vision-language model (arXiv 2506.01844)."
     name, config_class = "smolvla", SmolVLAConfig
@@ -155,8 +158,8 @@ class SmolVLAPolicy(Policy):
         super().__init__(config, preprocessor, postprocessor, ActionQueue(config.n_action_steps))
         self.tokenizer = preprocessor[TokenizerStep.registry_name].tokenizer
         if len(self.tokenizer) > config.vlm.vocab_size:
-            raise UserError(f"The tokenizer has {len(self.tokenizer)} ids, the VLM {config.vlm.vocab_size}: they do not belong "
-                            "together.")
+            raise UserError(f"The tokenizer has {len(self.tokenizer)} ids, the VLM {config.vlm.vocab_size}: "
+                            "they do not belong together.")
         self.model = VLAFlowMatching(config)
         freeze(self.model, config)
         names = ("<fake_token_around_image>", "<global-img>")
@@ -263,7 +266,7 @@ def picture(self: SmolVLAPolicy,
     if self.config.resize_imgs_with_padding: x = resize_with_pad(x, self.config.resize_imgs_with_padding, centre=False)
     return x.to(self.model.state_proj.weight.dtype) * 2 - 1
 
-# %% ../../nbs/policies/460_smolvla.ipynb #0612894d
+# %% ../../nbs/policies/460_smolvla.ipynb #ed04cfd4
 @patch
 def pictures(self: SmolVLAPolicy,
     batch: dict,  # pre-processed
@@ -283,6 +286,7 @@ def pictures(self: SmolVLAPolicy,
     image = torch.cat([torch.full(x.shape[1:2], p, device=x.device) for x, _, p in parts])
     return torch.cat([x for x, _, _ in parts], 1), torch.cat([v for _, v, _ in parts], 1), image
 
+# %% ../../nbs/policies/460_smolvla.ipynb #1e33fef1
 @patch
 def embed(self: SmolVLAPolicy,
     batch: dict,  # pre-processed
@@ -329,7 +333,7 @@ def loss_terms(self: SmolVLAPolicy,
     total, count = squared_error_terms(v, u, batch.get(ACTION_PAD), c.loss_reduction)
     return total, count, {"loss_flow": (total / count.clamp(min=1)).detach()}
 
-# %% ../../nbs/policies/460_smolvla.ipynb #bbade8a7
+# %% ../../nbs/policies/460_smolvla.ipynb #2e92c6fd
 @patch
 def predict_action_chunk(self: SmolVLAPolicy,
     batch: dict,    # pre-processed
@@ -340,7 +344,8 @@ def predict_action_chunk(self: SmolVLAPolicy,
     with torch.no_grad():
         memory, valid = self.memory(batch)
         if noise is None: noise = same_noise(rows, (c.chunk_size, c.max_action_dim), valid.device)
-        def velocity(x, i): return self.model.velocity(x, torch.full((rows,), 1 - i / c.num_steps, device=x.device), memory, valid)
+        def velocity(x, i):
+            return self.model.velocity(x, torch.full((rows,), 1 - i / c.num_steps, device=x.device), memory, valid)
         return integrate(velocity, noise, c.num_steps)[..., :self.action_dim]
 
 @patch
