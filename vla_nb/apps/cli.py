@@ -73,6 +73,8 @@ COMMANDS |= {
                             "--policy.path=RUN --dataset.root=FOLDER [options]", "evaluation.offline:OfflineOptions"),
     "eval rollout": Command("evaluation.rollout:main", "success in the simulator, with intervals",
                             "--policy.path=RUN --tasks=NAME,NAME [options]", "evaluation.rollout:Options"),
+    "eval latency": Command("evaluation.latency:main", "time of a plan and of an action, verdict at the robot's rate",
+                            "POLICY [--fps=30] [options]", "evaluation.latency:LatencyOptions"),
     "eval retention": Command("apps.anchors:eval_retention", "distance from the starting policy on held-out anchors",
                               "--policy.path=RUN --anchors=FOLDER[,FOLDER] [options]", "apps.anchors:RetentionOptions"),
     "compare": Command("evaluation.compare:main", "table and paired tests of several evaluated runs",
