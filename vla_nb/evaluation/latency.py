@@ -206,6 +206,7 @@ def lines(
             *extra, f"{big}; {out['device']}, {out['threads']} threads, {out['dtype']}",
             f"fast enough at {out['fps']:g} Hz: {out['verdict']}"]
 
+# %% ../../nbs/evaluation/685_latency.ipynb #dc62b3f7
 def main(
     argv: list[str],  # words after `vla-nb eval latency`
 ) -> int:             # exit status; too slow is a result, not a failure
