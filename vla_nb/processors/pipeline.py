@@ -120,6 +120,8 @@ STEPS = {
     "pi0_fast_text_processor": "vla_nb.processors.text:Pi0FastTokenizerStep",
     "smolvla_new_line_processor": "vla_nb.processors.tokenize:NewLineStep",
     "pi0_new_line_processor": "vla_nb.processors.tokenize:Pi0NewLineStep",
+    "clean_task_processor": "vla_nb.processors.state_prompt:CleanTaskStep",
+    "pi05_prepare_state_tokenizer_processor_step": "vla_nb.processors.state_prompt:StatePromptStep",
     "tokenizer_processor": "vla_nb.processors.tokenize:TokenizerStep",
 }
 
