@@ -28,6 +28,8 @@ POLICIES = {
     "pi0_fast": "vla_nb.policies.pi0_fast:Pi0FastPolicy",
     "act": "vla_nb.policies.act:ActPolicy",
     "smolvla": "vla_nb.policies.smolvla:SmolVLAPolicy",
+    "pi0": "vla_nb.policies.pi0:Pi0Policy",
+    "pi05": "vla_nb.policies.pi0:Pi05Policy",
     "fake": "vla_nb.policies.fake:FakePolicy",
 }
 LANG_TOKENS = "observation.language.tokens"         # int64 [B, Lp] prefix ids, right-padded
@@ -343,9 +345,11 @@ def check_policy(
     policy: Policy,     # any policy
     batch: dict,        # pre-processed, with targets, at least two rows
     fall: float = 0.8,  # the loss after training on one batch is below this share of the first
+    steps: int = 30,    # optimizer steps on that batch
+    lr: float = 3e-3,   # learning rate of those steps
 ) -> dict:              # property -> what was found
     "Conformance check; raises AssertionError naming the property that fails."
-    before, after = train_on_one_batch(policy, batch)
+    before, after = train_on_one_batch(policy, batch, steps, lr)
     assert after < fall * before, f"loss does not fall on one batch: {before:.3f} → {after:.3f}"
     policy = copy.deepcopy(policy).eval()
     with torch.no_grad():
