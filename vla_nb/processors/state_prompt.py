@@ -43,7 +43,8 @@ class StatePromptStep(Step):
 
     def __call__(self, batch):
         tasks = require_tasks(batch, self.task_key)
-        if OBS_STATE not in batch: raise UserError(f"pi0.5 writes the state into its prompt: the batch lacks {OBS_STATE!r}.")
+        if OBS_STATE not in batch:
+            raise UserError(f"pi0.5 writes the state into its prompt: the batch lacks {OBS_STATE!r}.")
         state = batch[OBS_STATE].cpu()
         rows = state_bins(F.pad(state, (0, max(0, self.max_state_dim - state.shape[-1])))).tolist()
         texts = [f"Task: {clean_task(t)}, State: {' '.join(map(str, r))};\nAction: " for t, r in zip(tasks, rows)]
