@@ -5,10 +5,10 @@
 PYTHON is an interpreter with LeRobot 0.4 (an environment of its own). A sample is one frame of two cameras and the next 50 actions;
 batches of 32 come from an ordinary DataLoader, in this process (pinned to one core) or from two workers, one thread each. Readers
 take turns, each in a fresh process; opening and the first two batches are not timed. `ours, uint8` is what training reads: pictures
-are bytes until the device has them; `ours, float here` makes float32 of them in the process that receives the batch; `ours` returns
-float32 from the data set, as LeRobot does, so that four times the bytes travel between processes; `ours, cache` reads bytes from a
-frame cache of 224x224 pixels. Beside them stand the limits: libav alone, random (seek, decode) and in sequence, with and without
-conversion to RGB, and JPEG. Writes reports/benchmarks/data_loader.json; --keep leaves the recorded data for the next run.
+are bytes until the device has them; `ours, float here` makes float32 of them in the process that receives the batch, in one buffer;
+`ours` returns float32 from the data set, as LeRobot does, so that four times the bytes travel between processes; `ours, cache` reads
+bytes from a frame cache of 224x224 pixels. Beside them stand the limits: libav alone, random (seek, decode) and in sequence, with and
+without conversion to RGB, and JPEG. Writes reports/benchmarks/data_loader.json; --keep leaves the recorded data for the next run.
 """
 import json
 import os
@@ -55,9 +55,11 @@ else:
 order = np.random.default_rng(job["seed"]).permutation(len(ds))[:job["batch"] * (job["batches"] + 2)].tolist()
 batches = iter(torch.utils.data.DataLoader(ds, job["batch"], sampler=order, num_workers=job["workers"], **more))
 for _ in range(2): next(batches)
-begun, n = time.perf_counter(), 0
+begun, n, space = time.perf_counter(), 0, {}
 for b in batches:
-    if job["who"] == "ours, float here": b = {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in b.items() if k != "task"}
+    if job["who"] == "ours, float here":
+        for k in [k for k, v in b.items() if torch.is_tensor(v) and v.dtype == torch.uint8]:
+            b[k] = space.setdefault((k, len(b[k])), torch.empty(b[k].shape)).copy_(b[k]).div_(255)
     n += len(b["action"])
 print(json.dumps({"rate": n / (time.perf_counter() - begun), "backend": backend}))
 """

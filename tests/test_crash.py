@@ -45,7 +45,7 @@ def check(root, promised):
     writer = opened(root)
     torn = writer.torn
     assert writer.total_episodes >= promised, f"{writer.total_episodes} episodes of {promised}; set aside: {torn}"
-    if not writer.total_episodes: return writer._close()
+    if not writer.total_episodes: return writer.close()
     writer.finalize()
     ds = LeRobotDataset(root, return_uint8=True)
     assert [e["length"] for e in ds.meta.episodes] == [length(e) for e in range(ds.num_episodes)]

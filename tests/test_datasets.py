@@ -367,7 +367,7 @@ def test_encoding_is_repeatable(tmp_path):
     rng = np.random.default_rng(0)
     base = np.kron(rng.integers(0, 256, (8, 12, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     pictures, files = [np.roll(base, 2 * i, 1) for i in range(20)], set()
-    for _ in range(80):  # without x264's `cpu-independent` about one in fifteen differs
+    for _ in range(80):  # without x264's `cpu-independent` now and then one differs
         held = [np.empty(rng.integers(1000, 200_000), np.uint8) for _ in range(rng.integers(1, 40))][::2]
         encode_video(tmp_path / "a.mp4", pictures, 10)
         files.add((tmp_path / "a.mp4").read_bytes())

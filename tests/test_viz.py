@@ -20,6 +20,8 @@ from vla_nb.core.types import UserError
 from vla_nb.datasets.edit_command import main as edit
 from vla_nb.datasets.fake import fake_dataset
 from vla_nb.datasets.lerobot import LeRobotDataset
+from vla_nb.datasets.waypoint_command import main_extract as extract
+from vla_nb.datasets.waypoints import read_waypoints
 from vla_nb.datasets.overview import unusual
 from vla_nb.processors.augment import FACTORS, ImageTransforms, ImageTransformsConfig, affine
 
@@ -88,6 +90,18 @@ def test_page_shows_the_episodes_asked_for(tmp_path, squares):
     for words, says in ((["--episodes=99"], "does not exist"), (["--megabytes=0.001"], "raise --megabytes")):
         with pytest.raises(UserError, match=says): viz([str(squares), f"--out={tmp_path / 'q.html'}", *words])
     assert not (tmp_path / "q.html").exists()
+
+
+def test_page_shows_waypoints(tmp_path, squares):
+    "A dot per waypoint and entry on the vector that was compared, none elsewhere; waypoints of other data are refused."
+    file = tmp_path / "w.json"
+    assert extract([str(squares), f"--output={file}", "--state=observation.state", "--threshold=0.05"]) == 0
+    viz([str(squares), "--out", str(tmp_path / "p.html"), "--episodes=3", "--waypoints", str(file)])
+    found, ds = read_waypoints(file), LeRobotDataset(squares)
+    dots = (tmp_path / "p.html").read_text().split('id="tasks"')[0].count('r="2.8"')
+    assert dots == len(found.episodes[3].waypoint_indices) * ds.meta.features["observation.state"]["shape"][0] > 0
+    other = fake_dataset(tmp_path / "other", episodes=10, frames=12)
+    with pytest.raises(UserError, match="were made from 40"): viz([str(other), f"--waypoints={file}", f"--out={tmp_path / 'q.html'}"])
 
 
 def test_player_runs_in_a_browser(tmp_path, squares):

@@ -16,6 +16,7 @@ from .report_charts import Chart
 from .report_html import fold, made_by, page, section, seconds, size, table
 from ..datasets.lerobot import LeRobotDataset, select_episodes
 from ..datasets.overview import choose_episodes, entry_names, spread, task_groups, unusual, vectors
+from ..datasets.waypoints import Waypoints
 
 # %% ../../nbs/apps/942_dataset_page.ipynb #3df9401f
 def grouped(n: int) -> str:
@@ -216,10 +217,11 @@ def dataset_page(
     episodes: list | None = None,  # numbers to show in the player; None chooses
     megabytes: float = 0.9,   # limit of all pictures
     command: str = "",        # line that makes the page again
+    waypoints: Waypoints | None = None,  # of this dataset, shown on the curves
 ) -> str:                     # a whole HTML document
     "What a dataset holds, on one self-contained page."
     notes = unusual(ds)
     clips = cut_clips(ds, choose_episodes(ds, notes) if episodes is None else episodes, megabytes)
-    body = "".join([opening(ds, notes), player(ds, clips, notes), tasks(ds, clips), lengths(ds, notes), numbers(ds),
-                    unusual_episodes(ds, clips, notes), files(ds, command)])
+    body = "".join([opening(ds, notes), player(ds, clips, notes, waypoints), tasks(ds, clips), lengths(ds, notes),
+                    numbers(ds), unusual_episodes(ds, clips, notes), files(ds, command)])
     return page(f"{ds.meta.root.name} · dataset", body, STYLE + player_style(clips))

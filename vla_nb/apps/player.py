@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ENTRY_COLOURS', 'STYLE', 'SCRIPT', 'frame_size', 'film_sheet', 'Clip', 'cut_clip', 'cut_clips', 'Curves',
-           'curve_card', 'parts_of', 'sheet_class', 'window', 'player_style', 'clip_data', 'player']
+           'curve_card', 'parts_of', 'sheet_class', 'window', 'player_style', 'clip_data', 'waypoint_frames',
+           'thumbnail', 'player']
 
 # %% ../../nbs/apps/940_player.ipynb #e64ad4e2
 import io
@@ -20,6 +21,7 @@ from ..core.progress import bar
 from ..core.types import UserError
 from ..datasets.lerobot import LeRobotDataset
 from ..datasets.overview import colour_cameras, entry_names, vectors
+from ..datasets.waypoints import Waypoints
 
 # %% ../../nbs/apps/940_player.ipynb #ab2f7c80
 COLUMNS = 8   # frames in a row of a sheet
@@ -106,17 +108,19 @@ def curve_card(
     key: str,      # vector
     part: range,   # entries
     marked=(),     # frames to mark
+    kept=(),       # waypoints: frames with a dot on each curve
 ) -> str:          # HTML
     "Entries of a vector over the time of a clip."
     names, v = entry_names(ds.features[key]), clip.values[key][:, part]
-    rows, _ = thin(list(range(clip.length)), [0] * clip.length)
-    end = max(clip.length - 1, 1) / ds.fps
-    good = v[np.isfinite(v)].tolist() or [0.0]
-    chart = Curves((0, end), span(good), "seconds", w=430, h=180, show=lambda x: f"{x:g}")
+    (rows, _), end = thin(list(range(clip.length)), [0] * clip.length), max(clip.length - 1, 1) / ds.fps
+    reach = span(v[np.isfinite(v)].tolist() or [0.0])
+    chart = Curves((0, end), reach, "seconds", w=430, h=180, show=lambda x: f"{x:g}")
     for f in marked: line(chart, [f / ds.fps] * 2, chart.y, "var(--bad)", "4 3", 1)
     for j in range(len(part)):
         ys = [float(v[r, j]) if isfinite(v[r, j]) else None for r in rows]
         line(chart, [r / ds.fps for r in rows], ys, f"var(--d{j})", width=1.5)
+        chart.items += [f'<circle cx="{chart.px(f / ds.fps):.1f}" cy="{chart.py(v[f, j]):.1f}" r="2.8" '
+                        f'style="fill:var(--d{j})"/>' for f in kept if isfinite(v[f, j])]
     chart.items.append(f'<path class="now" d="M{chart.L} {chart.T}V{chart.h - chart.B}" stroke="var(--ink)"/>')
     legend = "".join(f'<span><i class="chip" style="--c:var(--d{j})"></i>{escape(names[i])} <output></output></span>'
                      for j, i in enumerate(part))
@@ -225,26 +229,39 @@ def clip_data(clip: Clip, fps: int) -> dict:
     return {"t": [round(t, 4) for t in clip.seconds], "f": clip.shown, "n": clip.length, "end": (clip.length - 1) / fps,
             "v": [[short(x) for x in e] for e in entries]}
 
+# %% ../../nbs/apps/940_player.ipynb #44c48aa5
+def waypoint_frames(waypoints: Waypoints | None, clip: Clip) -> dict:
+    "Frames of a clip's waypoints under each vector that was compared."
+    own = [e for e in waypoints.episodes if e.src_ep_idx == clip.episode] if waypoints else []
+    compared = (waypoints.config.get("state") or list(clip.values)) if own else []
+    return {k: own[0].waypoint_indices.tolist() for k in compared if k in clip.values}
+
+def thumbnail(clip: Clip, kinds: list, pictured: bool) -> str:
+    "The button of an episode."
+    odd = f'<small class="odd">{escape(", ".join(dict.fromkeys(kinds)))}</small>' if kinds else ""
+    view = window(clip, 0) if pictured else ""
+    return (f'<button type="button" aria-pressed="false">{view}<b>Episode {clip.episode}</b><small>{escape("; ".join(clip.tasks))}</small>{odd}</button>')
+
 # %% ../../nbs/apps/940_player.ipynb #a0bda5a0
 def player(
     ds: LeRobotDataset,
     clips: list,        # of `cut_clips`
     notes: list = (),   # of `unusual`
+    waypoints: Waypoints | None = None,  # of this dataset, drawn on the vectors that were compared
 ) -> str:               # HTML section; needs `player_style`
     "Thumbnails, stage, controls and curves."
     reel, stages, curves = "", "", ""
     cameras = [k.rsplit(".", 1)[-1] for k in colour_cameras(ds)]
     for c in clips:
         own = [n for n in notes if n.episode == c.episode]
-        odd = f'<small class="odd">{escape(", ".join(dict.fromkeys(n.kind for n in own)))}</small>' if own else ""
-        thumb = window(c, 0) if cameras else ""
-        reel += (f'<button type="button" aria-pressed="false">{thumb}<b>Episode {c.episode}</b>'
-                 f'<small>{escape("; ".join(c.tasks))}</small>{odd}</button>')
+        reel += thumbnail(c, [n.kind for n in own], bool(cameras))
         views = "".join(f'<figure>{window(c, i, 0, k)}<figcaption>{escape(k)}</figcaption></figure>'
                         for i, k in enumerate(cameras))
         stages += f'<div class="stage" hidden>{views}</div>'
         marks = sorted({n.frame for n in own if n.frame is not None})
-        cards = [curve_card(ds, c, k, p, marks) for k, v in c.values.items() for p in parts_of(v.shape[1])]
+        kept = waypoint_frames(waypoints, c)
+        cards = [curve_card(ds, c, k, p, marks, kept.get(k, ()))
+                 for k, v in c.values.items() for p in parts_of(v.shape[1])]
         curves += f'<div class="curves" hidden>{"".join(cards)}</div>'
     speeds = "".join(f'<option value="{v}"{" selected" if v == 1 else ""}>{t}</option>'
                      for v, t in ((.25, "¼×"), (.5, "½×"), (1, "1×"), (2, "2×")))
@@ -252,6 +269,7 @@ def player(
             '<input type="range" min="0" value="0" aria-label="frame">'
             f'<select aria-label="speed">{speeds}</select></div><p class="clock"></p>')
     data = json.dumps([clip_data(c, ds.fps) for c in clips], separators=(",", ":"), allow_nan=False)
-    return section("player", "Episodes", f'<div class="reel">{reel}</div><div class="desk"><div>{stages}{keys}</div>'
-                   f'<div>{curves}</div></div>', f'<script type="application/json">{data}</script>',
-                   f"<script>{SCRIPT}</script>")
+    says = f"<p>Dots on the curves are waypoints: {escape(waypoints.summary)}.</p>" if waypoints else ""
+    desk = f'<div class="desk"><div>{stages}{keys}</div><div>{curves}</div></div>'
+    return section("player", "Episodes", says, f'<div class="reel">{reel}</div>{desk}',
+                   f'<script type="application/json">{data}</script><script>{SCRIPT}</script>')

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from .fetch import FETCHERS, MARKS, PROGRAMS, check_folder, source_from
 from ..control.demonstrate import Recipe, demonstrate, recording_features, splits
-from ..core.config import apply_flags, from_dict, parse_flags
+from ..core.config import from_dict, parse_command
 from ..core.files import atomic_dir, atomic_write, file_lock, read_json, sha256_bytes, sha256_file, write_json
 from ..core.manifest import Manifest, differences, load_manifest, manifest_names
 from ..core.settings import settings
@@ -323,8 +323,7 @@ def main(
     argv: list[str],  # command-line words after `data pull`
 ) -> int:             # exit status
     "Get or make a dataset: `vla-nb data pull metaworld_demo`; without a name: list the manifests."
-    words = [w for w in argv if not w.startswith("--")]
-    options = apply_flags(PullOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, options = parse_command(argv, PullOptions())
     if len(words) > 1:
         raise UserError(f"vla-nb data pull takes one name, not {' '.join(words)!r}; write flags as --name=value.")
     if words: pull(words[0], options)

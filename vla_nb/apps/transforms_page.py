@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .player import film_sheet
 from .report_html import data_uri, made_by, page, section, table
-from ..core.config import apply_flags, from_dict, load_json, load_toml, parse_flags
+from ..core.config import from_dict, load_json, load_toml, parse_command
 from ..core.files import atomic_write
 from ..core.settings import settings
 from ..core.types import UserError
@@ -99,9 +99,7 @@ def main(
     argv: list[str],  # words after `data imgtransforms`
 ) -> int:             # exit status
     "`vla-nb data imgtransforms FOLDER [--out=page.html]`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data imgtransforms FOLDER [options]")
-    o = apply_flags(TransformOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, o = parse_command(argv, TransformOptions(), 1, "vla-nb data imgtransforms FOLDER")
     ds = LeRobotDataset(words[0], return_uint8=True)
     out = Path(o.out or settings().reports / "datasets" / f"{ds.meta.root.name}_transforms.html")
     with atomic_write(out, "w") as f: f.write(transforms_page(ds, o, " ".join(["vla-nb data imgtransforms", *argv])))

@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 from .dataset_page import dataset_page
 from .player import curve_card, cut_clip, parts_of, player_style
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.files import atomic_write
 from ..core.progress import bar
 from ..core.settings import settings
 from ..core.types import UserError
 from ..datasets.lerobot import LeRobotDataset, select_episodes
 from ..datasets.overview import choose_episodes, colour_cameras, entry_names, unusual, vectors
+from ..datasets.waypoints import check_source, read_waypoints
 
 # %% ../../nbs/apps/944_viz.ipynb #5573f4d4
 def picture_bytes(picture: np.ndarray) -> bytes:
@@ -111,22 +112,23 @@ class VizOptions:
     episodes: str = ""       # to show: a split, 0:4 or 3,17; without it one of each task, and the unusual ones
     out: str = ""            # HTML file; <reports>/datasets/<name>.html when not given
     megabytes: float = 0.9   # limit of all pictures inside the page
+    waypoints: str = ""      # waypoint_indices.json of this dataset, shown on the curves
     rerun: str = ""          # write a Rerun recording (.rrd) of the episodes instead of the page
 
 def main(
     argv: list[str],  # words after `data viz`
 ) -> int:             # exit status
     "`vla-nb data viz FOLDER [--episodes=…] [--out=page.html]`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data viz FOLDER [options]")
-    o = apply_flags(VizOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, o = parse_command(argv, VizOptions(), 1, "vla-nb data viz FOLDER")
     ds = LeRobotDataset(words[0], return_uint8=True)
     chosen = sorted(set(select_episodes(ds.meta, o.episodes))) if o.episodes else None
     if o.rerun:
         print(export_rerun(ds, chosen or choose_episodes(ds, unusual(ds)), o.rerun))
         return 0
     out = Path(o.out or settings().reports / "datasets" / f"{ds.meta.root.name}.html")
-    html = dataset_page(ds, chosen, o.megabytes, " ".join(["vla-nb data viz", *argv]))
+    found = read_waypoints(o.waypoints) if o.waypoints else None
+    if found: check_source(found, ds.meta.episodes.column("length").tolist(), words[0])
+    html = dataset_page(ds, chosen, o.megabytes, " ".join(["vla-nb data viz", *argv]), found)
     with atomic_write(out, "w") as f: f.write(html)
     print(f"{out}: {len(html.encode()) / 1e6:.2f} MB")
     return 0

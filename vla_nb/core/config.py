@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'to_dict', 'describe', 'wrong', 'read_text', 'cast', 'cast_items', 'unknown_key', 'from_dict', 'load_toml',
-           'load_json', 'save_json', 'insert_flag', 'parse_flags', 'apply_flags', 'options_text']
+           'load_json', 'save_json', 'insert_flag', 'parse_flags', 'apply_flags', 'split_words', 'parse_command',
+           'options_text']
 
 # %% ../../nbs/core/020_config.ipynb #fbb38565
 import dataclasses
@@ -213,6 +214,38 @@ def apply_flags(
             changes[key] = apply_flags(current, value, f"{where}{key}.")
         else: changes[key] = cast(hints[key], value, f"--{where}{key}", text=True)
     return dataclasses.replace(dc, **changes)
+
+# %% ../../nbs/core/020_config.ipynb #0bff2d63
+def split_words(
+    argv: list[str],  # command-line words
+    switches: set,    # names of the flags that take no word after them
+) -> tuple:           # (words that are no flags, [--name=value, …])
+    "Tell a command's words from its flags."
+    words, flags, left = [], [], list(argv)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        alone = "=" in word or word[2:].replace("-", "_") in switches or not left or left[0].startswith("--")
+        flags.append(word if alone else f"{word}={left.pop(0)}")
+    return words, flags
+
+def parse_command(
+    argv: list[str],           # words behind the command
+    options,                   # dataclass instance with the defaults
+    count: int | None = None,  # how many words the command takes; None = any number
+    usage: str = "",           # how it is called, for the message
+    needs: tuple = (),         # flags that must be given
+) -> tuple:                    # (words, options with the flags applied)
+    "Read the command line of a command."
+    hints = typing.get_type_hints(type(options))
+    words, flags = split_words(argv, {name for name, hint in hints.items() if hint is bool})
+    options = apply_flags(options, parse_flags(flags))
+    absent = [name for name in needs if not getattr(options, name)]
+    if absent or count not in (None, len(words)):
+        raise UserError(f"usage: {usage} [options]" + "".join(f"; --{name} is missing" for name in absent))
+    return words, options
 
 # %% ../../nbs/core/020_config.ipynb #a1a3b02e
 def options_text(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'ORIGIN', 'RESUMABLE', 'is_repo_id', 'endpoint', 'at_mirror', 'hub_api', 'revisions', 'explain_hub_error',
            'unreachable', 'hub_errors', 'HubFile', 'content_digest', 'download', 'fetch_rest', 'HubRepo', 'storage',
-           'open_repo', 'repo_of', 'as_file', 'snapshot', 'card', 'push_files']
+           'open_repo', 'repo_of', 'as_file', 'snapshot', 'card', 'PushOptions', 'push_files']
 
 # %% ../../nbs/core/075_hub.ipynb #fc73aa63
 import hashlib
@@ -354,6 +354,12 @@ def card(
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n".encode()
 
 # %% ../../nbs/core/075_hub.ipynb #185067e6
+@dataclass(frozen=True)
+class PushOptions:
+    "Flags of the push commands."
+    private: bool = False         # a new repository is visible to its owner only
+    license: str = "apache-2.0"   # named in the card
+
 def push_files(
     repo_id: str,            # owner/name; made when missing
     kind: str,               # dataset | model

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.files import (atomic_write, file_lock, hash_json, read_json, read_jsonl, sha256_file, sync_tree,
                                write_json)
 from ..core.progress import bar
@@ -429,9 +429,7 @@ def main(
     argv: list[str],  # words after `data convert`
 ) -> int:             # exit status
     "`vla-nb data convert SOURCE --output=FOLDER`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data convert SOURCE --output=FOLDER [options]")
-    options = apply_flags(ConvertOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, options = parse_command(argv, ConvertOptions(), 1, "vla-nb data convert SOURCE --output=FOLDER")
     target = convert(words[0], options)
     if not options.dry_run: print(f"{target} is complete; `vla-nb data diff {words[0]} {target}` compares them.")
     return 0

@@ -10,7 +10,7 @@ __all__ = ['Episodes', 'as_array', 'EpisodesV2', 'open_episodes', 'DiffOptions',
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.files import read_json
 from ..core.progress import bar
 from ..core.stats import Stats
@@ -183,9 +183,7 @@ def main(
     argv: list[str],  # words after `data diff`
 ) -> int:             # 0 when the datasets are the same
     "`vla-nb data diff A B [--frames=all]`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 2: raise UserError("usage: vla-nb data diff A B [options]")
-    options = apply_flags(DiffOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, options = parse_command(argv, DiffOptions(), 2, "vla-nb data diff A B")
     result = diff(*words, options)
     found = result["differences"]
     for line in found[:options.most]: print(line)

@@ -9,7 +9,7 @@ __all__ = ['OPERATIONS', 'EditOptions', 'plan_of', 'new_values', 'main', 'edit']
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.types import UserError
 from .edit import Plan, assemble, delete, merge, replace_dataset, retask, split, undo, waiting_place
 from .features import add_column, constant_values, read_values
@@ -73,8 +73,7 @@ def main(
     argv: list[str],  # words after `data edit`
 ) -> int:             # exit status
     "`vla-nb data edit OPERATION FOLDER … [--output=FOLDER]`."
-    words = [w for w in argv if not w.startswith("--")]
-    o = apply_flags(EditOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, o = parse_command(argv, EditOptions())
     if len(words) < 2 or words[0] not in OPERATIONS:
         raise UserError(f"usage: vla-nb data edit {'|'.join(OPERATIONS)} FOLDER [FOLDER …] [options]")
     operation, root = words[0], Path(words[1])

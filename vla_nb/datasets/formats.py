@@ -34,7 +34,7 @@ def main(
     argv: list[str],  # words after `data convert`
 ) -> int:             # exit status
     "`vla-nb data convert SOURCE --output=FOLDER`, whatever the source is."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data convert SOURCE --output=FOLDER [options]")
-    module = CONVERTERS[format_of(words[0]).split()[0]]
+    source = next((w for w in argv if not w.startswith("--")), None)
+    if source is None: raise UserError("usage: vla-nb data convert SOURCE --output=FOLDER [options]")
+    module = CONVERTERS[format_of(source).split()[0]]
     return import_module(f"vla_nb.datasets.{module}").main(argv)

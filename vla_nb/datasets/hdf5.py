@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.files import file_lock, hash_json, read_json, write_json
 from ..core.progress import bar
 from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, UserError
@@ -261,7 +261,7 @@ def convert_source(
             writer.finalize()
         finally:
             writer.discard_episode()
-            writer._close()     # what is saved waits for the next call
+            writer.close()     # what is saved waits for the next call
         shutil.rmtree(work / TORN, ignore_errors=True)   # what an earlier kill tore was converted again
         DatasetMetadata(work)   # opens
         finish(work, target)
@@ -272,9 +272,7 @@ def main(
     argv: list[str],  # words after `data convert`
 ) -> int:             # exit status
     "`vla-nb data convert FILE.hdf5|FOLDER --output=FOLDER`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data convert SOURCE --output=FOLDER [options]")
-    options = apply_flags(HDF5Options(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, options = parse_command(argv, HDF5Options(), 1, "vla-nb data convert SOURCE --output=FOLDER")
     target = convert_source(HDF5Source(words[0], options))
     if not options.dry_run: print(f"{target} is complete; `vla-nb data verify {target}` checks it.")
     return 0

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from ..core.types import UserError
 
 # %% ../../nbs/datasets/104_info.ipynb #83ac6864
@@ -118,7 +117,7 @@ def check_columns(
         column = table.column(found[0])
         if not KINDS[kind](column.type): raise UserError(f"{where}: column {name} holds {column.type}, not {kind}s")
         if column.null_count:
-            row = pc.index(pc.is_null(column), True).as_py()
+            row = int(np.argmax(column.is_null().to_numpy()))
             raise UserError(f"{where}, row {row}: {name} has no value")
         if kind in ("number", "time") and len(column):
             bad = np.flatnonzero(~(np.abs(column.to_numpy().astype(np.float64)) < 2**53))

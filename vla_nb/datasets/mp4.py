@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_MOOV', 'CONFIGURATIONS', 'TICK', 'MATRIX', 'boxes', 'inside', 'read_moov', 'numbers', 'spread', 'picture_sizes',
-           'picture_places', 'Mp4', 'video_track', 'read_mp4', 'key_frames', 'shown_order', 'edit_starts', 'box',
+           'picture_places', 'Mp4', 'video_track', 'read_mp4', 'key_frames', 'shown_times', 'edit_starts', 'box',
            'table_box', 'track_box', 'index_boxes', 'copy_runs', 'copy_bytes', 'join_videos', 'check_range']
 
 # %% ../../nbs/datasets/101_mp4.ipynb #1b0e53a5
@@ -159,7 +159,7 @@ def video_track(
 def read_mp4(
     path,     # mp4 file
 ) -> Mp4:
-    "Read the index of a file; a file that is cut off, damaged or in an unusual form is an error."
+    "The index of a file; of one that is cut off, the pictures before the cut. Damage and unusual forms are errors."
     moov, end = read_moov(path)
     tables = video_track(moov, path)
     sizes, entry = picture_sizes(tables["stsz"], end, path), tables["stsd"][8:]
@@ -169,10 +169,11 @@ def read_mp4(
     kind, width = ("co64", ">u8") if "co64" in tables else ("stco", ">u4")
     starts = numbers(tables.get(kind, b""), width, 1, path)[:, 0]
     places = picture_places(sizes, starts, numbers(tables["stsc"], ">u4", 3, path), path)
-    if (places < 0).any() or (places > end - sizes).any():
-        raise UserError(f"video {path} is cut off: pictures lie behind its end")
-    keys, order = key_frames(tables, len(sizes), path), shown_order(tables, len(sizes), path)
-    return Mp4(Path(path), entry, sizes, places, keys, order)
+    keys, shown = key_frames(tables, len(sizes), path), shown_times(tables, len(sizes), path)
+    n = int(np.argmax(np.append((places < 0) | (places > end - sizes), True)))   # pictures before the cut
+    if n == 0: raise UserError(f"video {path} is cut off before its first picture")
+    order = np.argsort(np.argsort(shown[:n], kind="stable"))
+    return Mp4(Path(path), entry, sizes[:n], places[:n], keys[:n], order)
 
 # %% ../../nbs/datasets/101_mp4.ipynb #2a55102e
 def key_frames(tables: dict, n: int, path) -> np.ndarray:
@@ -184,15 +185,15 @@ def key_frames(tables: dict, n: int, path) -> np.ndarray:
     keys[listed] = True
     return keys
 
-def shown_order(tables: dict, n: int, path) -> np.ndarray:
-    "Which picture of the order of display each one is, int64 [n]; an edit list that hides pictures is refused."
+def shown_times(tables: dict, n: int, path) -> np.ndarray:
+    "When each picture is shown, int64 [n]; an edit list that hides pictures is refused."
     step = spread(numbers(tables["stts"], ">u4", 2, path), n, path)
     shown = np.cumsum(step) - step
     if "ctts" in tables: shown += spread(numbers(tables["ctts"], ">i4", 2, path), n, path)
     edits = edit_starts(tables["edits"])
     if len(edits) > 1 or (edits > shown.min()).any():
         raise UserError(f"video {path} hides pictures by an edit list; encode it again")
-    return np.argsort(np.argsort(shown, kind="stable"), kind="stable")
+    return shown
 
 def edit_starts(
     table: bytes,  # content of elst; empty when there is none

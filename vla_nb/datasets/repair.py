@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from fastcore.basics import patch
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.files import make_folder
 from ..core.stats import Stats, image_stats, sample_indices
 from ..core.types import UserError
@@ -272,7 +272,7 @@ def complete_recording(root: Path) -> list[str]:
     if not recorded(root): return []
     writer = DatasetWriter.resume(root)
     torn = [f"a torn episode was moved to {t}" for t in writer.torn]
-    writer.finalize() if writer.total_episodes else writer._close()
+    writer.finalize() if writer.total_episodes else writer.close()
     return torn + [f"an interrupted recording was completed: {writer.total_episodes} episodes"]
 
 # %% ../../nbs/datasets/187_repair.ipynb #9aaa9068
@@ -309,8 +309,6 @@ def main(
     argv: list[str],  # words after `data repair`
 ) -> int:             # exit status
     "`vla-nb data repair FOLDER [--output=FOLDER]`."
-    words = [w for w in argv if not w.startswith("--")]
-    options = apply_flags(RepairOptions(), parse_flags([w for w in argv if w.startswith("--")]))
-    if len(words) != 1: raise UserError("usage: vla-nb data repair FOLDER [--output=FOLDER]")
+    words, options = parse_command(argv, RepairOptions(), 1, "vla-nb data repair FOLDER [--output=FOLDER]")
     for line in repair(words[0], options.output): print(line)
     return 0

@@ -11,7 +11,7 @@ __all__ = ['StatsOptions', 'vectors', 'rlds_statistics', 'facts', 'schema_proble
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.manifest import Manifest, differences, load_manifest, manifest_names
 from ..core.progress import bar
 from ..core.types import UserError
@@ -156,9 +156,8 @@ class VerifyOptions:
 
 def parse(argv: list, options, usage: str) -> tuple:
     "(folder, options) of a command line."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError(f"usage: vla-nb rlds {usage}")
-    return words[0], apply_flags(options, parse_flags([w for w in argv if w.startswith("--")]))
+    (folder,), options = parse_command(argv, options, 1, f"vla-nb rlds {usage}")
+    return folder, options
 
 def main_index(
     argv: list[str],  # words after `rlds index`

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, UserError
 from .hdf5 import convert_source
 from .layout import check_features
@@ -110,9 +110,7 @@ def main(
     argv: list[str],  # words after `data convert`
 ) -> int:             # exit status
     "`vla-nb data convert RLDS_FOLDER --output=FOLDER --fps=N`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data convert SOURCE --output=FOLDER [options]")
-    options = apply_flags(RLDSOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, options = parse_command(argv, RLDSOptions(), 1, "vla-nb data convert SOURCE --output=FOLDER")
     target = convert_source(RLDSSource(words[0], options))
     if not options.dry_run: print(f"{target} is complete; `vla-nb data verify {target}` checks it.")
     return 0

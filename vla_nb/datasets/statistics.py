@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow.parquet as pq
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.files import atomic_dir, atomic_write
 from ..core.progress import bar
 from ..core.stats import QUANTILES, Stats, aggregate_feature, compute_stats, image_stats, sample_indices
@@ -183,9 +183,7 @@ def main(
     argv: list[str],  # words after `data stats`
 ) -> int:             # 1 when a check finds something wrong
     "`vla-nb data stats FOLDER [--check] [--output=FOLDER]`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb data stats FOLDER [options]")
-    options = apply_flags(StatsOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, options = parse_command(argv, StatsOptions(), 1, "vla-nb data stats FOLDER")
     found = recompute(words[0], options)
     for key, wrong in found.items(): print(f"{'FAIL' if wrong else 'ok  '} {key}: {'; '.join(wrong) or 'all agree'}")
     bad = sum(map(bool, found.values()))

@@ -10,7 +10,7 @@ __all__ = ['ExtractOptions', 'pick', 'joined', 'read_vectors', 'read_rlds', 'ext
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from ..core.config import apply_flags, parse_flags
+from ..core.config import parse_command
 from ..core.progress import bar
 from ..core.types import ACTION, OBS_STATE, UserError
 from ..core.workers import Workers
@@ -123,10 +123,8 @@ def main_extract(
     argv: list[str],  # words after `waypoints extract`
 ) -> int:             # exit status
     "`vla-nb waypoints extract FOLDER --output=FILE`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 1: raise UserError("usage: vla-nb waypoints extract FOLDER --output=FILE [options]")
-    o = apply_flags(ExtractOptions(), parse_flags([w for w in argv if w.startswith("--")]))
-    if not o.output: raise UserError("give the file with --output=waypoint_indices.json")
+    usage = "vla-nb waypoints extract FOLDER --output=waypoint_indices.json"
+    words, o = parse_command(argv, ExtractOptions(), 1, usage, ("output",))
     found = extract_dataset(words[0], o)
     write_waypoints(o.output, found)
     print(f"{o.output}: {summary(found, 32)}")
@@ -145,10 +143,8 @@ def main_filter(
     argv: list[str],  # words after `waypoints filter`
 ) -> int:             # exit status
     "`vla-nb waypoints filter RLDS_FOLDER --waypoints=FILE --output=FOLDER`."
-    words = [w for w in argv if not w.startswith("--")]
-    o = apply_flags(FilterOptions(), parse_flags([w for w in argv if w.startswith("--")]))
-    if len(words) != 1 or not o.waypoints or not o.output:
-        raise UserError("usage: vla-nb waypoints filter RLDS_FOLDER --waypoints=FILE --output=FOLDER [options]")
+    usage = "vla-nb waypoints filter RLDS_FOLDER --waypoints=FILE --output=FOLDER"
+    words, o = parse_command(argv, FilterOptions(), 1, usage, ("waypoints", "output"))
     found = read_waypoints(o.waypoints)
     print(f"{filter_rlds(words[0], found, o.output, o.size, o.shards)}: {summary(found, 32)}")
     return 0
@@ -167,10 +163,8 @@ def main_page(
     argv: list[str],  # words after `waypoints page`
 ) -> int:             # exit status
     "`vla-nb waypoints page FOLDER --waypoints=FILE --output=FILE`."
-    words = [w for w in argv if not w.startswith("--")]
-    o = apply_flags(PageOptions(), parse_flags([w for w in argv if w.startswith("--")]))
-    if len(words) != 1 or not o.waypoints or not o.output:
-        raise UserError("usage: vla-nb waypoints page FOLDER --waypoints=FILE --output=FILE [options]")
+    usage = "vla-nb waypoints page FOLDER --waypoints=FILE --output=FILE"
+    words, o = parse_command(argv, PageOptions(), 1, usage, ("waypoints", "output"))
     found = read_waypoints(o.waypoints)
     keys, dims = o.state or found.config.get("state"), o.dims or tuple(found.config.get("dims", ()))
     if not keys: raise UserError(f"{o.waypoints} does not tell which columns were compared; give --state=NAME")

@@ -163,11 +163,15 @@ class Waypoints:
         return {"total_episodes": len(self.episodes), "total_src_steps": sum(e.original_steps for e in self.episodes),
                 "total_wp_steps": sum(len(e.waypoint_indices) for e in self.episodes)}
 
-    def _repr_markdown_(self):
+    @property
+    def summary(self) -> str:
+        "How many, in a line."
         t = self.totals
         share = t["total_wp_steps"] / max(t["total_src_steps"], 1)
         return (f"{t['total_episodes']} episodes, {t['total_src_steps']} steps, {t['total_wp_steps']} waypoints "
                 f"({share:.1%}); threshold {self.config.get('err_threshold', '?')}")
+
+    def _repr_markdown_(self): return self.summary
 
 # %% ../../nbs/datasets/192_waypoints.ipynb #a5cca652
 def write_waypoints(

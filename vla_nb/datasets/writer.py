@@ -83,7 +83,7 @@ def __exit__(self: DatasetWriter, kind, error, trace):
     if self._closed: return
     self.discard_episode()
     if self._records: self.finalize()
-    else: self._close()
+    else: self.close()
 
 # %% ../../nbs/datasets/120_writer.ipynb #b0db2353
 @patch
@@ -389,10 +389,10 @@ def finalize(self: DatasetWriter,
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{self.root} could not be completed: {e}; {unfinished(self.root)}") from e
     shutil.rmtree(self.journal)
-    self._close()
+    self.close()
 
 @patch
-def _close(self: DatasetWriter):
-    "Release the folder."
+def close(self: DatasetWriter):
+    "Release the folder; what is saved and not finalized waits for the next recording."
     self._closed = True
     self._stack.close()

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'PARTS', 'read_config', 'require', 'load_weights', 'policy_folder', 'policy_class',
-           'torch_device', 'load_policy', 'make_policy', 'policy_card', 'push_policy', 'PushOptions', 'main']
+           'torch_device', 'load_policy', 'make_policy', 'policy_card', 'push_policy', 'main']
 
 # %% ../../nbs/policies/410_store.ipynb #b527ae96
 import importlib
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -19,9 +18,9 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
 
-from ..core.config import apply_flags, from_dict, load_json, parse_flags, to_dict, unknown_key
+from ..core.config import from_dict, load_json, parse_command, to_dict, unknown_key
 from ..core.files import atomic_dir, write_json
-from ..core.hub import card, is_repo_id, push_files, snapshot
+from ..core.hub import PushOptions, card, is_repo_id, push_files, snapshot
 from ..core.settings import settings
 from ..core.types import UserError
 from .base import POLICIES, Policy
@@ -198,19 +197,11 @@ def push_to_hub(self: Policy,
         return push_policy(Path(temporary) / "policy", repo_id, private, license)
 
 # %% ../../nbs/policies/410_store.ipynb #d8dc59b8
-@dataclass(frozen=True)
-class PushOptions:
-    "Flags of `vla-nb checkpoint push`."
-    private: bool = False         # a new repository is visible to its owner only
-    license: str = "apache-2.0"   # named in the card
-
 def main(
     argv: list[str],  # words after `vla-nb checkpoint push`
 ) -> int:             # exit status
     "Push a policy: `vla-nb checkpoint push RUN owner/name`."
-    words = [w for w in argv if not w.startswith("--")]
-    if len(words) != 2: raise UserError("vla-nb checkpoint push takes a run or policy folder and owner/name.")
-    o = apply_flags(PushOptions(), parse_flags([w for w in argv if w.startswith("--")]))
+    words, o = parse_command(argv, PushOptions(), 2, "vla-nb checkpoint push RUN owner/name")
     commit = push_policy(words[0], words[1], o.private, o.license)
     print(f"{words[0]} pushed to {words[1]}, commit {commit[:10]}.")
     return 0
