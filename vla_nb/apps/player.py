@@ -240,7 +240,8 @@ def thumbnail(clip: Clip, kinds: list, pictured: bool) -> str:
     "The button of an episode."
     odd = f'<small class="odd">{escape(", ".join(dict.fromkeys(kinds)))}</small>' if kinds else ""
     view = window(clip, 0) if pictured else ""
-    return (f'<button type="button" aria-pressed="false">{view}<b>Episode {clip.episode}</b><small>{escape("; ".join(clip.tasks))}</small>{odd}</button>')
+    return (f'<button type="button" aria-pressed="false">{view}<b>Episode {clip.episode}</b>'
+            f'<small>{escape("; ".join(clip.tasks))}</small>{odd}</button>')
 
 # %% ../../nbs/apps/940_player.ipynb #a0bda5a0
 def player(
