@@ -1,6 +1,7 @@
 """SmolVLA: equal to LeRobot 0.4.4 on goldens and to transformers' SmolVLM, what is trained, and what is refused."""
 import json
-from dataclasses import fields, replace
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vla_nb.core.config import from_dict, load_json, to_dict
+from vla_nb.core.config import load_json
 from vla_nb.core.stats import Stats, compute_stats
 from vla_nb.core.types import Feature, UserError
 from vla_nb.networks.blocks import block_mask
 from vla_nb.networks.smolvlm import SmolVLM, SmolVLMWithExpert, VLMSizes
 from vla_nb.policies.smolvla import SmolVLAConfig, SmolVLAPolicy, load_vlm
-from vla_nb.policies.store import load_policy, load_weights
-from vla_nb.processors.pipeline import Pipeline
+from vla_nb.policies.store import load_policy
 from vla_nb.processors.tokenize import TokenizerStep, open_tokenizer, write_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens/smolvla"
@@ -33,16 +33,14 @@ def golden(name):
 
 def from_lerobot(name, **changes):
     "Our policy of a folder that LeRobot wrote, with the two choices that make it act as LeRobot 0.4 does."
-    values = load_json(GOLDENS / name / "config.json")
-    known = {f.name for f in fields(SmolVLAConfig)}
-    values = {k: v for k, v in values.items() if k in known}
-    values["input_features"] = {k: v for k, v in values["input_features"].items() if "empty_camera" not in k}
-    values |= {"vlm": to_dict(SIZES), "patch_positions": "shifted", "loss_reduction": "all", **changes}
-    overrides = {"tokenizer_processor": {"tokenizer": open_tokenizer(GOLDENS / "vlm")}}
-    pipelines = [Pipeline.load(GOLDENS / name, f"policy_{part}", o) for part, o in (("preprocessor", overrides), ("postprocessor", None))]
-    policy = SmolVLAPolicy(from_dict(SmolVLAConfig, values), *pipelines)
-    load_weights(policy, GOLDENS / name / "model.safetensors")
-    return policy.eval()
+    here = os.getcwd()
+    os.chdir(GOLDENS)                       # the folders name their VLM "vlm"
+    try: policy = load_policy(name, "cpu")
+    finally: os.chdir(here)
+    config = replace(policy.config, **{"patch_positions": "shifted", "loss_reduction": "all", **changes})
+    other = SmolVLAPolicy(config, policy.preprocessor, policy.postprocessor).eval()
+    other.load_state_dict(policy.state_dict())
+    return other
 
 
 def measure(name):
