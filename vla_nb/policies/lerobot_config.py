@@ -13,7 +13,8 @@ from ..core.types import UserError
 # %% ../../nbs/policies/405_lerobot_config.ipynb #1a04757d
 RUN_FIELDS = ("device", "use_amp", "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path",
               "pretrained_revision", "compile_model", "compile_mode", "use_cache", "use_kv_cache",
-              "gradient_checkpointing", "freeze_vision_encoder", "train_expert_only", "drop_n_last_frames", "empty_cameras")
+              "gradient_checkpointing", "freeze_vision_encoder", "train_expert_only", "drop_n_last_frames",
+              "empty_cameras")
 OFF_FIELDS = {"n_obs_steps": 1, "use_peft": False, "rtc_config": None, "adapt_to_pi_aloha": False, "temperature": 0.0,
               "use_delta_joint_actions_aloha": False, "use_relative_actions": False,
               "use_proprioceptive_memory": False, "use_visual_memory": False}
@@ -29,8 +30,8 @@ def own_fields(
         if name in known: own[name] = value
         elif name in OFF_FIELDS:
             if value != OFF_FIELDS[name]:
-                raise UserError(f"{where}: {name}={value!r} is an option of LeRobot that is not available here; it works "
-                                f"with {OFF_FIELDS[name]!r} only.")
+                raise UserError(f"{where}: {name}={value!r} is an option of LeRobot that is not available here; "
+                                f"it has to be {OFF_FIELDS[name]!r}.")
             left[name] = "off"
         elif name in RUN_FIELDS or name.startswith(("optimizer_", "scheduler_")): left[name] = "of the run"
         else: own[name] = value                                         # `from_dict` will say that it is unknown

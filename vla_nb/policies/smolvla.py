@@ -159,7 +159,8 @@ def freeze(
 class SmolVLAPolicy(Policy):
     "Flow-matching policy on a small vision-language model (arXiv 2506.01844)."
     name, config_class = "smolvla", SmolVLAConfig
-    tied = {"model.vlm_with_expert.vlm.lm_head.weight": "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"}
+    tied = {f"model.vlm_with_expert.vlm.{a}.weight": f"model.vlm_with_expert.vlm.{b}.weight"
+            for a, b in [("lm_head", "model.text_model.embed_tokens")]}
 
     def __init__(self,
         config: SmolVLAConfig,    # sizes and features

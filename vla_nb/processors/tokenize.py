@@ -63,7 +63,8 @@ def open_tokenizer(
 ):           # transformers tokenizer
     "Read a pretrained tokenizer."
     from transformers import AutoTokenizer
-    if is_repo_id(source) and not Path(source).exists(): source = snapshot(str(source), "model", None, is_tokenizer_file)
+    if is_repo_id(source) and not Path(source).exists():
+        source = snapshot(str(source), "model", None, is_tokenizer_file)
     try: tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError, json.JSONDecodeError) as e:
         raise UserError(f"Tokenizer {str(source)!r} is neither a folder with a tokenizer nor available from the Hub "
