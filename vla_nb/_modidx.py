@@ -1352,6 +1352,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'vla_nb.datasets.rlds.decode_place': ('datasets/rlds.html#decode_place', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.decode_png': ('datasets/rlds.html#decode_png', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.decode_tensor': ('datasets/rlds.html#decode_tensor', 'vla_nb/datasets/rlds.py'),
+                                      'vla_nb.datasets.rlds.filled': ('datasets/rlds.html#filled', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.interleaved': ('datasets/rlds.html#interleaved', 'vla_nb/datasets/rlds.py'),
                                       'vla_nb.datasets.rlds.keep_freed_memory': ( 'datasets/rlds.html#keep_freed_memory',
                                                                                   'vla_nb/datasets/rlds.py'),

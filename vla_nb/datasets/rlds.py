@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'OPEN', 'decode_jpeg', 'decode_png', 'decode_deep_png', 'picture_size', 'check_size', 'decode_picture',
            'keep_freed_memory', 'decode_pictures', 'decode_tensor', 'decode_bytes', 'decode_many', 'decode_place',
-           'Shards', 'nested', 'Steps', 'RLDSDataset', 'interleaved']
+           'Shards', 'filled', 'nested', 'Steps', 'RLDSDataset', 'interleaved']
 
 # %% ../../nbs/datasets/165_rlds.ipynb #ffb61a3f
 import io
@@ -163,6 +163,10 @@ class Shards:
     def __del__(self):
         for fd in self._open.values(): os.close(fd)
 
+def filled(tree: dict, row: tuple) -> dict:
+    "A tree whose leaves are positions in a row, with the values there."
+    return {k: row[at] if type(at) is int else filled(at, row) for k, at in tree.items()}
+
 def nested(values: dict) -> dict:
     "{a/b: x} as {a: {b: x}}."
     out = {}
@@ -200,8 +204,8 @@ class Steps:
     def __getitems__(self, numbers: list) -> list:
         "Several steps; what a DataLoader calls."
         rows = self.rows(numbers)
-        columns = {x.name: self.data.values(x, rows, self.raw) for x in self.data.step_leaves}
-        return [nested({name: values[i] for name, values in columns.items()}) for i in range(len(rows))]
+        columns = [self.data.values(x, rows, self.raw) for x in self.data.step_leaves]
+        return [filled(self.data.tree, row) for row in zip(*columns)]
 
 # %% ../../nbs/datasets/165_rlds.ipynb #c65872c9
 class RLDSDataset:
@@ -218,6 +222,7 @@ class RLDSDataset:
         self.index = np.asarray(np.load(self.place / "steps.npy", mmap_mode="r"))
         self.episodes = np.asarray(np.load(self.place / "episodes.npy", mmap_mode="r"))
         self.step_leaves = [x for x in self.folder.leaves if x.path.startswith("steps/")]
+        self.tree = nested({x.name: i for i, x in enumerate(self.step_leaves)})
         self.shards, self.steps = Shards(self.split.files), Steps(self, 0, len(self.index))
         self._kept = {x.name for x in self.step_leaves if in_row(x)}
         self._first, self._shard = self.episodes["first"].copy(), self.episodes["shard"].copy()
