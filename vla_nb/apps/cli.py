@@ -109,6 +109,8 @@ COMMANDS |= {  # data sets in the layout of TensorFlow Datasets; waypoints
 COMMANDS |= {
     "data push": Command("datasets.push:main", "push a checked data set to the Hub, with its card and version tag",
                          "FOLDER OWNER/NAME [options]", "datasets.push:PushOptions"),
+    "export onnx": Command("inference.onnx:main", "a policy as ONNX graphs, compared with the original and timed",
+                           "POLICY --output=FOLDER [options]", "inference.onnx:OnnxOptions"),
     "checkpoint push": Command("policies.store:main", "push a policy to the Hub, with its model card",
                                "RUN|FOLDER OWNER/NAME [options]", "policies.store:PushOptions"),
 }
