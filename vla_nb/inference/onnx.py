@@ -244,6 +244,7 @@ class OnnxOptions:
     tolerance: float = 1e-4     # largest difference of a normalised action that is accepted
     repeats: int = 10           # plans that are timed
 
+# %% ../../nbs/inference/622_onnx.ipynb #8be3ccdf
 def export_policy(
     policy,          # float32, on the CPU, in eval mode
     folder,          # to write; nothing is written when a graph differs
