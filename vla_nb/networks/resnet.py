@@ -178,7 +178,8 @@ def load_backbone(
     except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile) as e:
         raise UserError(f"{path} cannot be read as weights ({str(e)[:100]}).") from e
     own = net.state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith("fc.") and (k in own or "num_batches" not in k)}
+    counters = {k: v for k, v in own.items() if "num_batches" in k}             # older files have none
+    state = counters | {k: v for k, v in state.items() if not k.startswith("fc.") and "num_batches" not in k}
     wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong: raise UserError(f"{path} does not fit this network: {min(wrong)!r} and {len(wrong) - 1} others differ.")
     net.load_state_dict(state)

@@ -30,6 +30,7 @@ POLICIES = {
     "smolvla": "vla_nb.policies.smolvla:SmolVLAPolicy",
     "pi0": "vla_nb.policies.pi0:Pi0Policy",
     "pi05": "vla_nb.policies.pi0:Pi05Policy",
+    "diffusion": "vla_nb.policies.diffusion:DiffusionPolicy",
     "fake": "vla_nb.policies.fake:FakePolicy",
 }
 LANG_TOKENS = "observation.language.tokens"         # int64 [B, Lp] prefix ids, right-padded
@@ -125,7 +126,7 @@ def act(self: Policy,
 ) -> np.ndarray:        # [A] physical action
     "Raw observation in, physical action out."
     with torch.no_grad():
-        batch = self.prepare(self.check_observation(observation)) if self.queue.empty else None
+        batch = self.prepare(self.check_observation(observation)) if self.needs_observation else None
         return self.postprocessor(self.select_action(batch))[0].cpu().numpy()
 
 # %% ../../nbs/policies/400_base.ipynb #a81fdc32
