@@ -29,6 +29,7 @@ def betas(
     kept = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
     return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(kept, kept[1:])])
 
+# %% ../../nbs/networks/343_ddpm.ipynb #79a58401
 @dataclass(frozen=True)
 class Schedule:
     "Noise of N training steps, and how samples are drawn."
@@ -46,6 +47,7 @@ class Schedule:
         kept = self.kept.to(x)[t].reshape(-1, *[1] * (x.ndim - 1))
         return kept.sqrt() * x + (1 - kept).sqrt() * noise
 
+# %% ../../nbs/networks/343_ddpm.ipynb #171e03f2
 def make_schedule(
     sampler: str,               # DDPM | DDIM
     steps: int,                 # N

@@ -76,7 +76,8 @@ class ConditionalUnet(nn.Module):
         super().__init__()
         e, ends, last = step_width, [(actions, widths[0]), *zip(widths, widths[1:])], widths[-1]
         def block(a, b): return FilmBlock(a, b, e + seen, kernel, groups, scale)
-        self.diffusion_step_encoder = nn.Sequential(StepEncoding(e), nn.Linear(e, 4 * e), nn.Mish(), nn.Linear(4 * e, e))
+        encoder = StepEncoding(e), nn.Linear(e, 4 * e), nn.Mish(), nn.Linear(4 * e, e)
+        self.diffusion_step_encoder = nn.Sequential(*encoder)
         self.down_modules = nn.ModuleList(
             nn.ModuleList([block(a, b), block(b, b), nn.Conv1d(b, b, 3, 2, 1) if i < len(ends) else nn.Identity()])
             for i, (a, b) in enumerate(ends, 1))

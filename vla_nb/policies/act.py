@@ -9,6 +9,7 @@ __all__ = ['mean_std', 'ActConfig', 'Attention', 'Layer', 'Stack', 'steps_encodi
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from fastcore.basics import patch
@@ -30,6 +31,7 @@ def mean_std() -> dict: return dict.fromkeys(("VISUAL", "STATE", "ACTION"), "MEA
 @dataclass(frozen=True)
 class ActConfig(PolicyConfig):
     "Configuration of ACT; the defaults are LeRobot's."
+    optimizer_preset: ClassVar[dict] = {"betas": (0.9, 0.999), "grad_clip_norm": 10.0}
     chunk_size: int = 100                   # actions planned at once
     n_action_steps: int = 100               # actions executed before the next plan
     n_obs_steps: int = 1                    # observations that are read: the present one only

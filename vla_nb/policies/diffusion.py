@@ -186,26 +186,37 @@ class DiffusionNetwork(nn.Module):
                                       c.beta_end, c.prediction_type, c.clip_sample_range if c.clip_sample else None)
         self.visits = self.schedule.visits(c.num_inference_steps or c.num_train_timesteps)
 
-    def encode(self,
-        pictures: torch.Tensor,  # [B, n, cameras, 3, H, W] normalised
-        part: str = "forward",   # method of the encoders: forward or points
-    ) -> torch.Tensor:           # [B, n, cameras, 2·points]
-        "Every picture as points."
-        b, n, cameras = pictures.shape[:3]
-        if not self.separate: return getattr(self.rgb_encoder, part)(pictures.flatten(0, 2)).unflatten(0, (b, n, cameras))
-        each = [getattr(e, part)(pictures[:, :, i].flatten(0, 1)) for i, e in enumerate(self.rgb_encoder)]
-        return torch.stack(each, 1).unflatten(0, (b, n))
+# %% ../../nbs/policies/455_diffusion.ipynb #5d21ac74
+@patch
+def encode(self: DiffusionNetwork,
+    pictures: torch.Tensor,  # [B, n, cameras, 3, H, W] normalised
+    part: str = "forward",   # method of the encoders: forward or points
+) -> torch.Tensor:           # [B, n, cameras, 2·points]
+    "Every picture as points."
+    shape = pictures.shape[:3]
+    if not self.separate: return getattr(self.rgb_encoder, part)(pictures.flatten(0, 2)).unflatten(0, shape)
+    each = [getattr(e, part)(pictures[:, :, i].flatten(0, 1)) for i, e in enumerate(self.rgb_encoder)]
+    return torch.stack(each, 1).unflatten(0, shape[:2])
 
-    def seen(self, pictures: torch.Tensor, state: torch.Tensor) -> torch.Tensor: # state [B, n, D] → [B, S]
-        return torch.cat([state, self.encode(pictures).flatten(2)], -1).flatten(1)
+@patch
+def seen(self: DiffusionNetwork,
+    pictures: torch.Tensor,  # [B, n, cameras, 3, H, W] normalised
+    state: torch.Tensor,     # [B, n, D] normalised
+) -> torch.Tensor:           # [B, S]
+    "What was seen, as one vector."
+    return torch.cat([state, self.encode(pictures).flatten(2)], -1).flatten(1)
 
-    def sample(self, seen: torch.Tensor, noise: torch.Tensor) -> torch.Tensor: # noise [steps, B, T, A] → [B, T, A]
-        "From noise to a chunk; `noise[0]` is where it begins, the others are added on the way."
-        x, told = noise[0], self.unet.tell(seen)
-        fresh = [*noise[1:], noise[0]]                   # the last step adds none
-        for (t, to), extra in zip(self.visits, fresh):
-            x = self.schedule.step(self.unet(x, torch.tensor([t], device=x.device), told), t, to, x, extra)
-        return x
+@patch
+def sample(self: DiffusionNetwork,
+    seen: torch.Tensor,   # [B, S]
+    noise: torch.Tensor,  # [steps, B, T, A]: the first is where sampling begins, the others are added on the way
+) -> torch.Tensor:        # [B, T, A]
+    "From noise to a chunk."
+    x, told = noise[0], self.unet.tell(seen)
+    fresh = [*noise[1:], noise[0]]                   # the last step adds none
+    for (t, to), extra in zip(self.visits, fresh):
+        x = self.schedule.step(self.unet(x, torch.tensor([t], device=x.device), told), t, to, x, extra)
+    return x
 
 # %% ../../nbs/policies/455_diffusion.ipynb #9abf20c9
 class DiffusionPolicy(Policy):
@@ -241,7 +252,7 @@ class DiffusionPolicy(Policy):
                 if isinstance(m, RgbEncoder): m.backbone.load_state_dict(state)
         return policy
 
-# %% ../../nbs/policies/455_diffusion.ipynb #5d21ac74
+# %% ../../nbs/policies/455_diffusion.ipynb #0d1feada
 @patch
 def observed(self: DiffusionPolicy,
     batch: dict,  # pre-processed, each observation with a time axis or without one
@@ -255,6 +266,7 @@ def observed(self: DiffusionPolicy,
         return x
     return torch.stack([moments(k) for k in self.cameras], 2), moments(OBS_STATE)
 
+# %% ../../nbs/policies/455_diffusion.ipynb #0df7a3c0
 @patch
 def loss_terms(self: DiffusionPolicy,
     batch: dict,  # pre-processed, with actions at `action_delta_indices`
