@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from vla_nb.core.stats import Stats
 from vla_nb.core.types import Feature, UserError
+from vla_nb.evaluation.offline import action_errors, windows
 from vla_nb.networks.ddpm import make_schedule
 from vla_nb.networks.resnet import ResNet, load_backbone
 from vla_nb.policies.diffusion import DiffusionConfig, DiffusionPolicy, RgbEncoder, crop
@@ -241,3 +242,14 @@ def test_wrong_batches():
     with pytest.raises(UserError, match="lacks 'action'"): policy.loss_terms({k: v for k, v in raw.items() if k != "action"})
     with pytest.raises(UserError, match="3 moments"): policy.predict_action_chunk(raw_batch(3))
     with pytest.raises(UserError, match="observation.images.wrist"): policy.plan({k: v for k, v in raw.items() if "wrist" not in k})
+
+
+def test_offline_compares_the_executed_actions(tmp_path):
+    "The plan's first action is compared with the recorded action of the same frame, not with the one before it."
+    policy = build("shared")
+    policy.predict_action_chunk = lambda batch: batch["action"][:, 1:5]
+    raw = raw_batch()
+    error, valid = action_errors(policy, raw, policy.preprocessor(raw), now=1)
+    assert np.abs(error).max() < 1e-5 and valid.tolist() == [[True] * 4, [True] * 4]
+    assert windows(policy.config, 10)["action"] == [-0.1, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert windows(policy.config, 10)["observation.state"] == [-0.1, 0]
