@@ -178,7 +178,8 @@ def policy_card(
         count = sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     rows = [f"| {way} | `{k}` | {f['type']} | {tuple(f['shape'])} |" for way in ("input", "output")
             for k, f in values[f"{way}_features"].items()]
-    body = [f"# A {kind} robot policy", "", f"{count:,} parameters; plans {values.get('chunk_size') or values['horizon']} actions and executes "
+    planned = values.get("chunk_size") or values["horizon"]
+    body = [f"# A {kind} robot policy", "", f"{count:,} parameters; plans {planned} actions and executes "
             f"{values['n_action_steps']}. Saved with its processing steps by vla_nb, in LeRobot's layout.", "",
             "| | key | type | shape |", "|---|---|---|---|", *rows, "", "```python",
             "from vla_nb.policies.store import load_policy", 'policy = load_policy("OWNER/NAME")',
