@@ -67,3 +67,4 @@ if __name__ == "__main__":
         folder = (HERE if len(sys.argv) < 2 else Path(sys.argv[1])) / name / "params"
         shutil.rmtree(folder, ignore_errors=True)
         ocp.PyTreeCheckpointer().save(folder.resolve(), tree(adaptive))
+        (folder / "commit_success.txt").unlink()        # names a folder of this machine
