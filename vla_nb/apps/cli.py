@@ -63,10 +63,11 @@ COMMANDS |= {  # words, anchors, questions
 
 # %% ../../nbs/apps/990_cli.ipynb #ba1f7898
 COMMANDS |= {
-    "train": Command("training.command:train", "train or fine-tune a policy, with CRaFT or a baseline, or resume",
+    "train": Command("apps.train:main", "train or fine-tune a policy, with CRaFT or a baseline, or resume",
                      "--output_dir=FOLDER --dataset.root=FOLDER --policy.type=TYPE|--policy.path=RUN "
                      "[--config_path=FILE] [options]", "training.config:TrainConfig"),
-    "status": Command("training.command:status", "progress of a run: step, loss, checkpoints, time left", "[FOLDER]"),
+    "status": Command("training.progress:status", "step, time left, checkpoints, last lines, GPU memory",
+                      "[FOLDER] [options]", "training.progress:StatusOptions"),
     "eval mcq": Command("evaluation.mcq:main", "accuracy on multiple-choice questions by likelihood",
                         "--policy.path=RUN --data_jsonl=FILE [options]", "evaluation.mcq:MCQOptions"),
     "eval offline": Command("evaluation.offline:main", "loss per task on held-out episodes",

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'to_dict', 'describe', 'wrong', 'read_text', 'cast', 'cast_items', 'unknown_key', 'from_dict', 'load_toml',
-           'load_json', 'save_json', 'insert_flag', 'parse_flags', 'apply_flags', 'split_words', 'parse_command',
-           'options_text']
+           'load_json', 'save_json', 'load_yaml', 'insert_flag', 'parse_flags', 'apply_flags', 'split_words',
+           'parse_command', 'options_text']
 
 # %% ../../nbs/core/020_config.ipynb #fbb38565
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -167,6 +168,23 @@ def save_json(
 ):
     "Write a configuration as JSON, atomically."
     write_json(path, to_dict(obj))
+
+# %% ../../nbs/core/020_config.ipynb #eefcb477
+def load_yaml(
+    path,     # YAML file holding one mapping
+) -> dict:    # the mapping
+    "Read a YAML file; `1e-4` is a number, as everywhere else (YAML 1.1 takes it for text)."
+    import yaml
+    class Loader(yaml.SafeLoader): pass
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+                                 list("-+.0123456789"))
+    path = Path(path)
+    if not path.is_file(): raise UserError(f"File not found: {path}.")
+    try: d = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}.") from e
+    if not isinstance(d, dict): raise UserError(f"{path} holds a {type(d).__name__}: expected names with values.")
+    return d
 
 # %% ../../nbs/core/020_config.ipynb #01a8461b
 def insert_flag(

@@ -48,3 +48,5 @@ class TrainingHook:
         return {}
 
     def load_state_dict(self, d: dict): "Take over the state of a checkpoint."
+    def save(self, folder: Path): "Write files of one's own, tensors above all, into the folder of a checkpoint."
+    def load(self, folder: Path): "Read them again; called after `load_state_dict`."

@@ -24,7 +24,7 @@ class OptimConfig:
     eps: float = 1e-8              # added to the root of Adam's second moment
     weight_decay: float = 0.01     # decoupled decay of the decaying groups (AdamW), L2 penalty otherwise
     grad_clip_norm: float = 1.0    # largest global gradient norm; 0 or less switches clipping off
-    schedule: str = "cosine"       # cosine | constant, both after a linear warm-up
+    schedule: str = "cosine"       # cosine | constant | diffuser, all after a linear warm-up
     warmup_steps: int = 0          # steps until the peak
     decay_steps: int = 0           # step at which the cosine reaches its floor; 0 means the run's last step
     decay_lr: float = 0.0          # the cosine's floor, as a learning rate
@@ -36,6 +36,9 @@ def lr_factor(
     config: OptimConfig,  # schedule and its lengths
 ) -> float:               # share of the peak learning rate used at this step
     "Warm-up, then cosine or constant: a pure function of the step, so a resumed run needs no scheduler state."
+    if config.schedule == "diffuser":   # as the diffusers library: the warm-up begins at 0, the cosine after it
+        w = config.warmup_steps
+        return step / w if step < w else 0.5 * (1 + math.cos(math.pi * (step - w) / max(1, total_steps - w)))
     decay = config.decay_steps or total_steps
     shrink = min(1.0, total_steps / decay) if config.schedule == "cosine" else 1.0
     warmup, decay = int(config.warmup_steps * shrink), max(1, int(decay * shrink))
@@ -47,7 +50,7 @@ def lr_factor(
 # %% ../../nbs/training/600_optim.ipynb #9eacc622
 def check_config(config: OptimConfig):
     "Refuse an optimizer or a schedule that does not exist, and lengths below zero."
-    for field, known in (("type", ("adamw", "adam", "sgd")), ("schedule", ("cosine", "constant"))):
+    for field, known in (("type", ("adamw", "adam", "sgd")), ("schedule", ("cosine", "constant", "diffuser"))):
         if getattr(config, field) not in known:
             raise UserError(f"optimizer {field} is {getattr(config, field)!r}; choose one of {', '.join(known)}.")
     if config.lr <= 0: raise UserError(f"optimizer lr is {config.lr}; it must be above 0.")

@@ -30,6 +30,9 @@ class Shape:
     size: tuple        # (height, width) of the pictures
     chunk_size: int    # actions per sample
     cached: bool       # take pictures from a frame cache
+    first_action: int = 0     # frame of the first action, counted from the sample's own
+    past: tuple | None = None # frames of the observations, counted likewise, e.g. (-1, 0); None is one without a time axis
+    drop_last: int = 0        # frames at the end of every episode that no sample begins with
 
 # %% ../../nbs/training/625_sources.ipynb #475c18ad
 class Demonstrations(Dataset):
@@ -40,15 +43,18 @@ class Demonstrations(Dataset):
         episodes: list[int] | None, # which to use; None uses all
         shape: Shape,               # of a sample
         rows: list[int] | None = None,  # only these frames of the selected episodes
+        transforms=None,            # changes every picture at random, or None
     ):
         missing = [c for c in shape.cameras if c not in meta.camera_keys]
         if missing: raise UserError(f"the policy reads {missing[0]!r}; {meta.root} has {', '.join(meta.camera_keys)}.")
         cache = open_cache(meta, shape.size) if shape.cached else None
-        offsets = {ACTION: [i / meta.fps for i in range(shape.chunk_size)]}
+        first = shape.first_action
+        offsets = {ACTION: [i / meta.fps for i in range(first, first + shape.chunk_size)]}
+        for key in (*shape.cameras, OBS_STATE) if shape.past else (): offsets[key] = [i / meta.fps for i in shape.past]
         self.frames = LeRobotDataset(meta.root, episodes=episodes, delta_timestamps=offsets, frame_cache=cache,
-                                     return_uint8=True)
+                                     return_uint8=True, image_transforms=transforms)
         self.keys = [*shape.cameras, OBS_STATE, ACTION, ACTION_PAD, TASK]
-        self.rows = np.arange(len(self.frames)) if rows is None else np.asarray(rows)
+        self.rows = self.starts(shape.drop_last) if rows is None else np.asarray(rows)
         if len(self.rows) and self.rows.max() >= len(self.frames):
             raise UserError(f"frame {self.rows.max()} was asked for; there are {len(self.frames)} of {meta.root}.")
 
@@ -66,9 +72,15 @@ class Demonstrations(Dataset):
     def chunks(self) -> np.ndarray:
         "Every action chunk [N, T, A], without reading a picture; beyond an episode's end the last action repeats."
         lengths = self.frames.lengths
-        ends = np.repeat(np.cumsum(lengths), lengths)[self.rows]
-        steps = self.rows[:, None] + np.arange(len(self.frames.offsets[ACTION]))
-        return self.frames.columns[ACTION][np.minimum(steps, ends[:, None] - 1)]
+        ends = np.repeat(np.cumsum(lengths), lengths)[self.rows][:, None]
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)[self.rows][:, None]
+        steps = self.rows[:, None] + self.frames.offsets[ACTION]
+        return self.frames.columns[ACTION][np.clip(steps, starts, ends - 1)]
+
+    def starts(self, drop_last: int) -> np.ndarray:
+        "Frames a sample may begin with."
+        left = np.concatenate([np.arange(n, 0, -1) for n in self.frames.lengths])   # frames to the episode's end
+        return np.flatnonzero(left > drop_last)
 
 # %% ../../nbs/training/625_sources.ipynb #c22177b3
 def open_cache(
@@ -110,10 +122,11 @@ def replay_dataset(
     asked: list[str],       # question ids
     shape: Shape,           # of a sample
     blank: tuple,           # (state_dim, action_dim) of a question's zeros
+    transforms=None,        # changes the pictures of frames at random, or None
 ) -> Dataset:
     "The samples of an anchor cache with their true labels."
     if asked and not questions: raise UserError("replay: the anchors hold questions; give --replay.questions=FILE.")
-    parts = [Demonstrations(meta, None, shape, frames)] if frames else []
+    parts = [Demonstrations(meta, None, shape, frames, transforms)] if frames else []
     if asked: parts.append(open_questions(questions, shape, blank, asked))
     return Joined(parts)
 

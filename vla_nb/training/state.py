@@ -183,6 +183,7 @@ def save_checkpoint(
     state: TrainingState,  # everything else
     train_config: dict,    # written beside the weights as train_config.json
     keep_last: int = 0,    # newest checkpoints to keep; 0 keeps all
+    files=(),              # functions that write further files into the checkpoint's folder
 ) -> Path:                 # folder of the checkpoint
     "Write a checkpoint as a whole, then let `last` point to it."
     folder, before = checkpoint_dir(out_dir, state.step), last_checkpoint(out_dir)
@@ -191,6 +192,7 @@ def save_checkpoint(
             policy.save_pretrained(new / "pretrained_model")
             write_json(new / "pretrained_model" / "train_config.json", train_config)
             write_state(new / "training_state", state)
+            for write in files: write(new)
         point_last(folder)
     except (OSError, SafetensorError) as e:
         intact = f"checkpoint {before.name} is intact" if before else "no checkpoint was written so far"
