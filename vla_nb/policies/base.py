@@ -142,10 +142,11 @@ def check_observation(self: Policy,
     observation: dict,  # raw, unbatched
 ) -> dict:              # the policy's own keys only, pictures channels-first
     "Name what is missing, turn pictures to channels-first."
-    wanted = [*self.config.input_features, TASK]
+    raw = {new: old for s in self.preprocessor.steps for old, new in getattr(s, "rename_map", {}).items()}
+    wanted = [raw.get(k, k) for k in (*self.config.input_features, TASK)]
     require_keys(f"{self.name} was trained with {', '.join(wanted)}: the observation", wanted, observation)
     out = {k: observation[k] if k == TASK else np.asarray(observation[k]) for k in wanted}
-    for k in self.cameras:
+    for k in (raw.get(k, k) for k in self.cameras):
         x = out[k]
         if x.ndim == 3 and x.shape[0] != 3 and x.shape[-1] == 3: out[k] = np.ascontiguousarray(np.moveaxis(x, -1, 0))
         elif x.ndim != 3 or x.shape[0] != 3:
