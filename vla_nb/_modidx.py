@@ -3433,6 +3433,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'vla_nb/training/config.py'),
                                         'vla_nb.training.config.EnvFlags': ('training/config.html#envflags', 'vla_nb/training/config.py'),
                                         'vla_nb.training.config.EvalFlags': ('training/config.html#evalflags', 'vla_nb/training/config.py'),
+                                        'vla_nb.training.config.PartFlags': ('training/config.html#partflags', 'vla_nb/training/config.py'),
                                         'vla_nb.training.config.PushFlags': ('training/config.html#pushflags', 'vla_nb/training/config.py'),
                                         'vla_nb.training.config.QuestionFlags': ( 'training/config.html#questionflags',
                                                                                   'vla_nb/training/config.py'),

@@ -76,6 +76,7 @@ def heldout(
         return {"heldout_loss": loss / count, "heldout_targets": int(count)}
     return evaluate
 
+# %% ../../nbs/training/648_command.ipynb #000086e1
 class Evaluation:
     "Several measurements as one; `close` ends what they keep open."
     def __init__(self, parts: list): self.parts = parts   # functions of the run -> metrics
@@ -121,7 +122,7 @@ def same_data(out: Path, now: dict):
                        ("a question file", before["questions"], now["questions"])):
         if a != b: raise UserError(f"{name} has changed since {out} was started; a resumed run needs the same data.")
 
-# %% ../../nbs/training/648_command.ipynb #000086e1
+# %% ../../nbs/training/648_command.ipynb #7c4e496f
 def tracking_of(
     config: TrainConfig,  # of the run
     usual: str,           # the workspace's tracker
@@ -143,7 +144,7 @@ def check_push(push: PushFlags, out: Path):
     if push.enable and not is_repo_id(push.repo_id):
         raise UserError(f"--policy.push_to_hub=true needs --policy.repo_id=OWNER/NAME, not {push.repo_id!r}.")
     if push.repo_id and not push.enable:
-        raise UserError(f"--policy.repo_id={push.repo_id} is given but nothing is pushed; add --policy.push_to_hub=true.")
+        raise UserError(f"--policy.repo_id={push.repo_id} is given, nothing is pushed; add --policy.push_to_hub=true.")
 
 def given_optimizer(
     argv: list[str],  # words of the command line
@@ -186,7 +187,7 @@ def build_run(
 SHARED = ("steps", "batch_size", "gradient_accumulation_steps", "log_freq", "save_freq", "eval_freq", "keep_last",
           "seed")   # fields that TrainConfig and LoopConfig have in common
 
-# %% ../../nbs/training/648_command.ipynb #7c4e496f
+# %% ../../nbs/training/648_command.ipynb #d32f03a0
 def train(
     argv: list[str],  # words after `vla-nb train`
     simulate=None,    # see `evaluation`
@@ -211,7 +212,7 @@ def train(
     run.close()
     return 0 if ended == "done" else 128 + signal.Signals[ended].value
 
-
+# %% ../../nbs/training/648_command.ipynb #3acb7a1f
 def push(flags: PushFlags, run: TrainRun):
     "Push the last checkpoint's policy."
     commit = push_policy(run.out_dir, flags.repo_id, flags.private, flags.license)

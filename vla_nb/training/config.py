@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIM', 'SCHEDULE', 'ALIASES', 'VALUES', 'TRUE', 'FALSE', 'ONLY', 'FREE', 'READERS', 'DatasetFlags', 'QuestionFlags',
-           'ReplayFlags', 'WandbFlags', 'PushFlags', 'EnvFlags', 'EvalFlags', 'TrainConfig', 'flatten', 'one_value',
-           'canonical', 'with_transforms', 'overlay', 'read_base', 'resumed_config', 'read_config']
+           'ReplayFlags', 'WandbFlags', 'PushFlags', 'EnvFlags', 'EvalFlags', 'PartFlags', 'TrainConfig', 'flatten',
+           'one_value', 'canonical', 'with_transforms', 'overlay', 'read_base', 'resumed_config', 'read_config']
 
 # %% ../../nbs/training/628_config.ipynb #4095c642
 import os
@@ -85,8 +85,8 @@ class EvalFlags:
 
 # %% ../../nbs/training/628_config.ipynb #e44664b5
 @dataclass(frozen=True)
-class TrainConfig:
-    "Everything `vla-nb train` can be told."
+class PartFlags:
+    "What a run is made of."
     policy: dict = field(default_factory=dict)    # type or path, preset, and any field of the policy's configuration
     rename_map: dict[str, str] = field(default_factory=dict)  # key of the dataset -> key the policy reads, as JSON
     dataset: DatasetFlags = field(default_factory=DatasetFlags)  # demonstrations
@@ -94,12 +94,17 @@ class TrainConfig:
     replay: ReplayFlags = ReplayFlags()           # replayed samples
     craft: dict = field(default_factory=dict)     # any field of CraftConfig, and preset
     optimizer: OptimConfig = OptimConfig()        # optimizer and schedule
+
+# %% ../../nbs/training/628_config.ipynb #3c286443
+@dataclass(frozen=True)
+class TrainConfig(PartFlags):
+    "Everything `vla-nb train` can be told."
     output_dir: str = ""                          # folder of the run; <outputs>/<job_name> when not given
     job_name: str = ""                            # name of the run for people; the folder's name when not given
     steps: int = 100_000                          # optimizer steps
     batch_size: int = 8                           # samples per process and micro-batch
     gradient_accumulation_steps: int = 1          # micro-batches per optimizer step
-    seed: int = 1000                              # of weights, batches and noise
+    seed: int = 1000                              # of weights, batches, noise
     mixed_precision: str = ""                     # no | bf16 | fp16; the workspace's setting when empty
     log_freq: int = 100                           # steps between log lines
     save_freq: int = 2000                         # steps between checkpoints
@@ -116,13 +121,14 @@ class TrainConfig:
     push: PushFlags = PushFlags()                 # the Hub
     resume: bool = False                          # continue the run in output_dir
 
-# %% ../../nbs/training/628_config.ipynb #3c286443
+# %% ../../nbs/training/628_config.ipynb #4f231538
 OPTIM = ("type", "lr", "betas", "eps", "weight_decay", "grad_clip_norm")
 SCHEDULE = {"type": "schedule", "name": "schedule", "warmup_steps": "warmup_steps", "num_warmup_steps": "warmup_steps",
             "decay_steps": "decay_steps", "num_decay_steps": "decay_steps", "decay_lr": "decay_lr"}
 ALIASES = {**{f"policy.optimizer_{k}": f"optimizer.{k}" for k in OPTIM},
            **{f"{p}{k}": f"optimizer.{v}" for p in ("policy.scheduler_", "scheduler.") for k, v in SCHEDULE.items()},
-           **{f"policy.{k}": f"push.{k}" for k in ("repo_id", "private", "license")}, "policy.push_to_hub": "push.enable",
+           **{f"policy.{k}": f"push.{k}" for k in ("repo_id", "private", "license")},
+           "policy.push_to_hub": "push.enable",
            "scheduler.peak_lr": "optimizer.lr", "grad_clip_norm": "optimizer.grad_clip_norm",
            "grad_clip": "optimizer.grad_clip_norm", "lr": "optimizer.lr", "policy.device": "device",
            "gradient_accumulation.steps": "gradient_accumulation_steps", "num_steps": "steps",
@@ -134,7 +140,7 @@ ONLY = {  # flag -> (values that say what happens anyway, why another cannot be 
     "use_policy_training_preset": (TRUE, "the policy's own optimizer settings hold where no flag says otherwise"),
     "dataset.streaming": (FALSE, "frames are decoded once into a cache; give --dataset.root or --dataset.repo_id"),
     "dataset.video_backend": (("pyav",), "videos are decoded exactly by PyAV"),
-    "wandb.disable_artifact": (TRUE, "checkpoints are not uploaded to W&B; --policy.push_to_hub=true pushes the policy"),
+    "wandb.disable_artifact": (TRUE, "checkpoints stay off W&B; --policy.push_to_hub=true pushes the policy"),
     "cudnn_deterministic": (FALSE, "training does not switch cuDNN's algorithms"),
     "job.target": (FALSE, "runs start on this machine")}
 
@@ -182,9 +188,9 @@ def canonical(
         at[leaf] = value
     return tree
 
-# %% ../../nbs/training/628_config.ipynb #4f231538
+# %% ../../nbs/training/628_config.ipynb #7021a245
 FREE = {"steps", "log_freq", "save_freq", "eval_freq", "eval_batches", "keep_last", "num_workers", "threads", "device",
-        "resume", "output_dir", "job_name", "tracker", "wandb", "push", "env", "eval"}   # what may differ when a run is resumed
+        "resume", "output_dir", "job_name", "tracker", "wandb", "push", "env", "eval"}   # what a resume may change
 
 def with_transforms(
     base: ImageTransformsConfig,  # values so far
@@ -223,7 +229,7 @@ def read_base(
     inside = path.name == "train_config.json" and len(folders) > 3 and folders[2].name == "checkpoints"
     return flags, folders[1] if inside else None
 
-# %% ../../nbs/training/628_config.ipynb #7021a245
+# %% ../../nbs/training/628_config.ipynb #88a387fa
 def resumed_config(
     config: TrainConfig,  # as typed; output_dir is known
     flags: dict,          # the typed flags
@@ -243,6 +249,7 @@ def resumed_config(
                                 f"{after[changed[0]]!r}; a resumed run keeps it. Use a new --output_dir to change it.")
     return now, last
 
+# %% ../../nbs/training/628_config.ipynb #4c57a0db
 def read_config(
     argv: list[str],            # words after `vla-nb train`
 ) -> tuple[TrainConfig, Path | None]:  # configuration, checkpoint to resume from

@@ -383,6 +383,7 @@ def train(self: TrainRun) -> str:  # "done", or the name of the signal that stop
     self.finish()
     return "done"
 
+# %% ../../nbs/training/620_loop.ipynb #4ed16de9
 @patch
 def save_due(self: TrainRun) -> bool:
     "At every save_freq steps, at the end, and when a signal came."

@@ -33,7 +33,7 @@ def open_dataset(flags: DatasetFlags) -> DatasetMetadata:
     if flags.stats not in ("dataset", "checkpoint"):
         raise UserError(f"--dataset.stats is {flags.stats!r}; choose dataset or checkpoint.")
     if flags.root and flags.revision and not flags.repo_id:
-        raise UserError(f"--dataset.revision={flags.revision} belongs to a --dataset.repo_id; {flags.root} is a folder.")
+        raise UserError(f"--dataset.revision={flags.revision} belongs to a --dataset.repo_id, not to a folder.")
     return DatasetMetadata(flags.repo_id or flags.root, root=flags.root if flags.repo_id else None,
                            revision=flags.revision)
 
@@ -80,8 +80,9 @@ def dataset_cameras(
     for old, new in rename_map.items():
         if old not in meta.features: raise UserError(f"--rename_map: {meta.root} has no {old!r}; it has "
                                                      f"{', '.join(k for k in meta.features if 'observation' in k)}.")
-        if new not in config.input_features: raise UserError(f"--rename_map: the policy does not read {new!r}; it reads "
-                                                             f"{', '.join(config.input_features)}.")
+        if new not in config.input_features:
+            raise UserError(f"--rename_map: the policy does not read {new!r}; it reads "
+                            f"{', '.join(config.input_features)}.")
     named = {rename_map.get(k, k): k for k in meta.camera_keys}
     missing = [k for k in wanted if k not in named]
     if len(missing) > getattr(config, "empty_cameras", 0) or len(missing) == len(wanted) > 0:
@@ -149,9 +150,11 @@ def with_widths(
     "Take over the dataset's widths."
     if not hasattr(config, "max_action_dim"): return config
     have = features_from_dataset(meta.features)
-    def swap(features): return {k: have[k] if k in (OBS_STATE, ACTION) and k in have else f for k, f in features.items()}
+    have = {k: f for k, f in have.items() if k in (OBS_STATE, ACTION)}
+    def swap(features): return {k: have.get(k, f) for k, f in features.items()}
     return replace(config, input_features=swap(config.input_features), output_features=swap(config.output_features))
 
+# %% ../../nbs/training/640_setup.ipynb #ad95f865
 def loaded_policy(
     config: TrainConfig,    # of the run; policy.path is given
     meta: DatasetMetadata,  # its statistics are used when dataset.stats is "dataset"
@@ -215,7 +218,7 @@ def settle_optimizer(
     policy.config = replace(policy.config, **{k: v for k, v in said.items() if k in names})
     return config
 
-# %% ../../nbs/training/640_setup.ipynb #ad95f865
+# %% ../../nbs/training/640_setup.ipynb #0b137fc1
 def sample_shape(
     config,                 # of the policy
     meta: DatasetMetadata,  # gives the pictures' own size
@@ -237,6 +240,7 @@ def transforms_of(flags: DatasetFlags):
     "The random picture changes of training, or None."
     return ImageTransforms(flags.image_transforms) if flags.image_transforms.enable else None
 
+# %% ../../nbs/training/640_setup.ipynb #6844d7f4
 def make_policy(
     config: TrainConfig,    # of the run
     meta: DatasetMetadata,  # of the demonstrations

@@ -31,7 +31,7 @@ class Shape:
     chunk_size: int    # actions per sample
     cached: bool       # take pictures from a frame cache
     first_action: int = 0     # frame of the first action, counted from the sample's own
-    past: tuple | None = None # frames of the observations, counted likewise, e.g. (-1, 0); None is one without a time axis
+    past: tuple | None = None # frames of the observations, counted likewise, e.g. (-1, 0); None: no time axis
     drop_last: int = 0        # frames at the end of every episode that no sample begins with
 
 # %% ../../nbs/training/625_sources.ipynb #475c18ad

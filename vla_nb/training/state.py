@@ -201,6 +201,7 @@ def save_checkpoint(
     tidy_checkpoints(out_dir, keep_last)
     return folder
 
+# %% ../../nbs/training/610_state.ipynb #19c66423
 def last_checkpoint(
     out_dir,        # folder of the run
 ) -> Path | None:   # the newest complete checkpoint, None before the first
