@@ -272,7 +272,8 @@ def options_text(
 ) -> str:              # one line per flag
     "Every flag with its default and meaning."
     from fastcore.docments import docments
-    lines, docs, hints = [], docments(cls), typing.get_type_hints(cls)
+    lines, hints = [], typing.get_type_hints(cls)
+    docs = {k: v for c in reversed(cls.__mro__[:-1]) for k, v in docments(c).items() if v}   # also inherited ones
     for f in dataclasses.fields(cls):
         name, meaning = f"{prefix}{f.name}", docs.get(f.name) or ""
         if dataclasses.is_dataclass(hints[f.name]): lines.append(options_text(hints[f.name], f"{name}."))
