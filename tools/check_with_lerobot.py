@@ -19,6 +19,7 @@ def prepare(root):
     from vla_nb.core.stats import Stats, compute_stats
     from vla_nb.core.types import Feature
     from vla_nb.policies.act import ActConfig, ActPolicy
+    from vla_nb.policies.diffusion import DiffusionConfig, DiffusionPolicy
     from vla_nb.policies.smolvla import SmolVLAConfig, SmolVLAPolicy
     rng = np.random.default_rng(0)
     cameras = ("observation.images.top", "observation.images.wrist")
@@ -32,7 +33,11 @@ def prepare(root):
                loss_reduction="all")
     made = {"smolvla": SmolVLAPolicy.from_data(SmolVLAConfig.tiny(features, patch_positions="shifted", loss_reduction="all"), tasks, None, stats),
             "act": ActPolicy.from_data(ActConfig(inputs, outputs, **act), stats=stats)}
-    made |= more(inputs, outputs, stats)
+    small = dict(n_obs_steps=2, horizon=8, n_action_steps=4, crop_ratio=1.0, crop_shape=None, pretrained_backbone_weights=None,
+                 use_group_norm=True, use_separate_rgb_encoder_per_camera=False, down_dims=(16, 32), n_groups=4,
+                 diffusion_step_embed_dim=12, spatial_softmax_num_keypoints=6, noise_scheduler_type="DDIM", num_train_timesteps=20,
+                 num_inference_steps=5, loss_reduction="all")
+    made["diffusion"] = DiffusionPolicy.from_data(DiffusionConfig(inputs, outputs, **small), stats=stats)
     for name, policy in made.items():
         policy.eval().save_pretrained(root / "ours" / name)
         notes = export_lerobot(root / "ours" / name, root / name)
@@ -42,18 +47,13 @@ def prepare(root):
         raw = {**{k: torch.rand(2, *time, 3, 48, 64, generator=g) for k in cameras}, "observation.state": torch.randn(2, *time, 5, generator=g)}
         noise = {}
         if name == "smolvla": noise = {"noise": torch.randn(2, policy.config.chunk_size, policy.config.max_action_dim, generator=g)}
+        if name == "diffusion": noise = {"noise": torch.randn(2, policy.config.horizon, 4, generator=g)}
         batch = policy.preprocessor({**raw, "task": tasks})
-        with torch.no_grad(): chunk = policy.predict_action_chunk(batch, **noise)
+        given = {k: v.expand(5, -1, -1, -1) if name == "diffusion" else v for k, v in noise.items()}    # DDIM: the first draw alone counts
+        with torch.no_grad(): chunk = policy.predict_action_chunk(batch, **given)
         save_file({**{f"raw.{k}": v for k, v in raw.items()}, **noise, "chunk": chunk.contiguous(), "actions": policy.postprocessor(chunk).contiguous()},
                   root / f"{name}.safetensors", {"tasks": json.dumps(tasks)})
         print(name, "exported;", *notes)
-
-
-def more(inputs, outputs, stats):
-    "The diffusion policy, where it is there."
-    try: from vla_nb.policies.diffusion import DiffusionConfig, DiffusionPolicy
-    except ImportError: return {}
-    return {}
 
 
 def check(root):
@@ -67,7 +67,12 @@ def check(root):
         policy = get_policy_class(kind).from_pretrained(folder, strict=True).eval()
         before, after = make_pre_post_processors(policy.config, pretrained_path=str(folder))
         batch = before({**{k[4:]: v for k, v in golden.items() if k.startswith("raw.")}, "task": tasks})
-        with torch.no_grad(): chunk = policy.predict_action_chunk(batch, **{k: golden[k] for k in ("noise",) if k in golden})
+        noise = {k: golden[k] for k in ("noise",) if k in golden}
+        with torch.no_grad():
+            if kind == "diffusion":                                    # its own method wants a queue of observations
+                batch["observation.images"] = torch.stack([batch[k] for k in policy.config.image_features], -4)
+                chunk = policy.diffusion.generate_actions(batch, **noise)
+            else: chunk = policy.predict_action_chunk(batch, **noise)
         found[file.stem] = {"chunk": (chunk - golden["chunk"]).abs().max().item(),
                             "actions": (after(chunk) - golden["actions"]).abs().max().item()}
         print(f"{file.stem}: largest difference of a chunk {found[file.stem]['chunk']:.1e}, of actions {found[file.stem]['actions']:.1e}")

@@ -58,16 +58,17 @@ def check_statistics(
                 found.append(Finding(False, f"statistics: {key} is for shape {shapes}."))
             elif not all(have[n].isfinite().all() for n in names):
                 found.append(Finding(False, f"statistics: {key} holds NaN or infinity."))
-            else: found += constant_dimensions(key, *(have[n] for n in names))
-    return found or [Finding(True, "statistics: complete, finite, as wide as the features.")]
+            else: found += constant_dimensions(key, step.mode_of(key), *(have[n] for n in names))
+    return list(dict.fromkeys(found)) or [Finding(True, "statistics: complete, finite, as wide as the features.")]
 
 def constant_dimensions(
     key: str,         # of the feature
+    mode: str,        # a key of MODES
     a: torch.Tensor,  # mean, or lower bound
     b: torch.Tensor,  # deviation, or upper bound
 ) -> list:            # of Finding
     "Dimensions without spread."
-    flat = (b == 0) | (b == a)
+    flat = b == 0 if mode == "MEAN_STD" else b == a
     if not flat.any(): return []
     return [Finding(True, f"statistics: {key} is constant in {int(flat.sum())} of {flat.numel()} dimensions.")]
 
@@ -97,7 +98,7 @@ def verify_checkpoint(
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     rows = ", ".join(f"{n} {s}" for s, n in table.counts().items() if n)
     found.append(Finding(True, f"loading: {policy.name}, {size:.2f} M parameters; tensors: {rows}; all finite."))
-    if left: found.append(Finding(True, f"configuration: left out, because they do not belong to a policy: {', '.join(left)}."))
+    if left: found.append(Finding(True, f"configuration: left out, they do not belong to a policy: {', '.join(left)}."))
     found += check_statistics(policy)
     if all(f.ok for f in found):
         try: found += check_acting(policy)
@@ -134,13 +135,15 @@ def main_import(
     argv: list[str],  # words after `vla-nb checkpoint import`
 ) -> int:             # exit status
     "`vla-nb checkpoint import SOURCE FOLDER`."
-    (source, target), flags = split_words(argv, "import", 2, "a checkpoint of LeRobot (folder or owner/name) and a folder to write")
+    usage = "a checkpoint of LeRobot (folder or owner/name) and a folder to write"
+    (source, target), flags = split_words(argv, "import", 2, usage)
     fields = flags.pop("policy", {})
     o = apply_flags(ImportOptions(), flags)
     show_table(*import_lerobot(source, target, fields, o.revision))
     print(f"{source} imported to {target}.")
     return 0
 
+# %% ../../nbs/checkpoints/580_command.ipynb #03a9e843
 def main_export(
     argv: list[str],  # words after `vla-nb checkpoint export`
 ) -> int:             # exit status
