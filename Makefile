@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test headline bench-data parity readme notebooks lab clean
+.PHONY: help install demo test headline bench-data bench-policies parity readme notebooks lab clean
 
 VENV := .venv
 DRAWING := (6[78]0|7[56]0|8[012]0)_
@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@awk '/^#/ {sub(/^# ?/, ""); print; next} {exit}' Makefile
-	@echo; echo "Others: headline (three seeds, hours), bench-data (half an hour), parity, readme, notebooks, lab, clean"
+	@echo; echo "Others: headline (three seeds, hours), bench-data (half an hour), bench-policies (a quarter), parity, readme, notebooks, lab, clean"
 
 install: $(STAMP)
 
@@ -56,6 +56,11 @@ bench-data: install
 	-$(BIN)/python benchmarks/data_scale.py
 	$(if $(TFDS),-$(BIN)/python benchmarks/rlds_steps.py --tfds=$(TFDS))
 	@$(BIN)/python tools/bench_page.py && echo "reports/benchmarks/data.md written"
+
+bench-policies: install
+	@[ -n "$(LEROBOT)" ] || { echo "Give a python with LeRobot 0.4, e.g. make bench-policies LEROBOT=.venv-lerobot/bin/python" >&2; exit 1; }
+	-$(BIN)/python benchmarks/policies.py --lerobot=$(LEROBOT)
+	@$(BIN)/python tools/bench_page.py && echo "reports/benchmarks/policies.md written"
 
 test: install
 	@mkdir -p outputs/tests

@@ -1,4 +1,4 @@
-"""Make reports/benchmarks/data.md from the JSON files of the data benchmarks: bench_page.py [--check].
+"""Make the pages reports/benchmarks/{data,policies}.md from the JSON files of the benchmarks: bench_page.py [--check].
 
 A file names its `command`, its `verdicts` (what, value, target, at: "least" or "most", met) and a `table` (head, rows); without a table
 all its numbers are shown. No number is typed here.
@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {"data_loader": "Random access", "rlds_steps": "RLDS", "data_convert": "Conversion", "data_scale": "Scale"}
+PAGES = {"data": ("Data benchmarks", {"data_loader": "Random access", "rlds_steps": "RLDS", "data_convert": "Conversion",
+                                      "data_scale": "Scale"}),
+         "policies": ("Policy benchmarks", {"policies": "Training step and chunk", "memory_plan": "Memory plan"})}
 
 
 def number(x) -> str:
@@ -29,28 +31,30 @@ def numbers(report, path=()):
         elif isinstance(v, (int, float)): yield [", ".join((*path, k)), v]
 
 
-def section(name, report) -> str:
+def section(name, title, report) -> str:
     "What one benchmark found."
     sign = {"least": "≥", "most": "≤"}
     rows = [[v["what"], v["value"], f"{sign[v.get('at', 'least')]} {number(v['target'])}", "yes" if v["met"] else "**no**"]
             for v in report.get("verdicts", [])]
-    parts = [f"## {FILES[name]}", f"`{report.get('command', f'python benchmarks/{name}.py')}`", report.get("about", "")]
+    parts = [f"## {title}", f"`{report.get('command', f'python benchmarks/{name}.py')}`", report.get("about", "")]
     parts += [table(["goal", "reached", "wanted", "met"], rows)] if rows else []
     shown = report.get("table") or {"head": ["figure", "value"], "rows": list(numbers(report))}
     parts.append(table(shown["head"], shown["rows"]))
     return "\n\n".join(p for p in parts if p)
 
 
-def page(folder) -> str:
-    "The page, from the files that exist."
-    reports = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in FILES if (folder / f"{n}.json").is_file()}
-    head = ("# Data benchmarks\n\nOurs and the peer in one run, on the same files, with the same threads; `make bench-data` measures again "
-            "and makes this page. Each table is read from the JSON file beside it.")
-    return "\n\n".join([head, *(section(n, r) for n, r in reports.items())]) + "\n"
+def page(name, folder) -> str:
+    "A page, from the files that exist."
+    title, files = PAGES[name]
+    reports = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in files if (folder / f"{n}.json").is_file()}
+    head = (f"# {title}\n\nOurs and the peer in one run, on the same files or batches, with the same threads; `make bench-{name}` measures "
+            "again and makes this page. Each table is read from the JSON file beside it.")
+    return "\n\n".join([head, *(section(n, files[n], r) for n, r in reports.items())]) + "\n"
 
 
 if __name__ == "__main__":
     folder = ROOT / "reports/benchmarks"
-    if sys.argv[1:] == ["--check"]:
-        if page(folder) != (folder / "data.md").read_text(encoding="utf-8"): sys.exit("data.md is not current: run tools/bench_page.py.")
-    else: (folder / "data.md").write_text(page(folder), encoding="utf-8")
+    for name in PAGES:
+        text, path = page(name, folder), folder / f"{name}.md"
+        if sys.argv[1:] != ["--check"]: path.write_text(text, encoding="utf-8")
+        elif text != path.read_text(encoding="utf-8"): sys.exit(f"{path.name} is not current: run tools/bench_page.py.")
