@@ -110,6 +110,8 @@ COMMANDS |= {  # data sets in the layout of TensorFlow Datasets; waypoints
 COMMANDS |= {
     "data push": Command("datasets.push:main", "push a checked data set to the Hub, with its card and version tag",
                          "FOLDER OWNER/NAME [options]", "datasets.push:PushOptions"),
+    "deploy check": Command("evaluation.deploy:main", "the checklist before a policy moves a robot, tried out",
+                            "POLICY [--dataset=FOLDER] [options]", "evaluation.deploy:DeployOptions"),
     "export onnx": Command("inference.onnx:main", "a policy as ONNX graphs, compared with the original and timed",
                            "POLICY --output=FOLDER [options]", "inference.onnx:OnnxOptions"),
     "checkpoint push": Command("policies.store:main", "push a policy to the Hub, with its model card",

@@ -151,7 +151,11 @@ def check_observation(self: Policy,
         if x.ndim == 3 and x.shape[0] != 3 and x.shape[-1] == 3: out[k] = np.ascontiguousarray(np.moveaxis(x, -1, 0))
         elif x.ndim != 3 or x.shape[0] != 3:
             raise UserError(f"{k!r} has shape {x.shape}: expected [H, W, 3] or [3, H, W].")
-    if OBS_STATE in out: out[OBS_STATE] = out[OBS_STATE].astype(np.float32)
+    if OBS_STATE in out:
+        state, shape = out[OBS_STATE].astype(np.float32), self.config.input_features[OBS_STATE].shape
+        if state.shape != tuple(shape) or not np.isfinite(state).all():
+            raise UserError(f"{OBS_STATE!r} is {state.tolist()}: expected {shape[0]} numbers, none of them NaN.")
+        out[OBS_STATE] = state
     return out
 
 # %% ../../nbs/policies/400_base.ipynb #7376821b
