@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from vla_nb.core.stats import Stats
 from vla_nb.core.types import Feature, UserError
+from vla_nb.networks.dinov2 import Dinov2, load_dinov2, renamed
 from vla_nb.networks.resnet import FrozenBatchNorm, ResNet, conv_norm, load_backbone, weights_file
 from vla_nb.policies.act import ActConfig, ActPolicy
 from vla_nb.policies.queue import TemporalEnsemble
@@ -130,7 +131,7 @@ def test_pipelines_are_saved_as_lerobot_saves_them(tmp_path):
         for key, value in raw_batch().items():
             if key in SHAPES: assert torch.equal(again({key: value})[key], mine({key: value})[key])
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "p", FOLDER))
-    known = {f.name for f in fields(ActConfig)} - {"loss_reduction"}
+    known = {f.name for f in fields(ActConfig)} - {"loss_reduction", "freeze_backbone"}
     assert known < theirs.keys() and {k: ours[k] for k in known} == {k: theirs[k] for k in known}
     found = load_policy(tmp_path / "p", "cpu")
     assert torch.equal(found.plan(raw_batch()), policy.plan(raw_batch()))
@@ -225,3 +226,55 @@ def test_frozen_norm_is_batch_norm_in_evaluation():
     frozen.load_state_dict({k: v for k, v in reference.state_dict().items() if "num" not in k})
     x, conv = torch.randn(2, 3, 9, 9), torch.nn.Conv2d(3, 8, 3, bias=False)
     torch.testing.assert_close(conv_norm(conv, frozen, x), reference(conv(x)), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- DINOv2
+
+@pytest.mark.parametrize("sides", [(56, 56), (84, 42)])
+def test_dinov2_equals_transformers(sides):
+    "On the grid of the known positions and on another; names of transformers become ours one by one."
+    from transformers import Dinov2Config, Dinov2Model
+    theirs = Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=56, patch_size=14)).eval()
+    theirs.load_state_dict(seeded(theirs.state_dict()))
+    ours, state = Dinov2(24, 3, 3, grid=4), {renamed(k): v for k, v in theirs.state_dict().items() if "mask_token" not in k}
+    ours.load_state_dict(state)
+    x = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): wanted = theirs(x).last_hidden_state[:, 1:].mT.unflatten(2, (sides[0] // 14, sides[1] // 14))
+    close(ours(x), wanted)
+    assert wanted.std() > 0.1
+
+
+def test_dinov2_files_as_they_are_published(tmp_path, monkeypatch):
+    "The names that lie on the Hub; a file that is not there names the ways out."
+    from safetensors.torch import save_file
+    net, part = Dinov2(24, 2, 3, grid=4), "encoder.layer.{}.attention."
+    long = {"patch.": "embeddings.patch_embeddings.projection.", "cls_token": "embeddings.cls_token", "positions": "embeddings.position_embeddings",
+            "norm.": "layernorm."}
+    names = {k: next((v + k.removeprefix(s) for s, v in long.items() if k.startswith(s)), k.replace("layers.", "encoder.layer.")) for k in net.state_dict()}
+    for k, old in names.items():
+        for a, b in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"), ("out_proj", "output.dense"),
+                     (".fc", ".mlp.fc"), (".scale1", ".layer_scale1.lambda1"), (".scale2", ".layer_scale2.lambda1")): names[k] = names[k].replace(a, b)
+    assert names["layers.1.attention.q_proj.bias"] == part.format(1) + "attention.query.bias" and len(set(names.values())) == len(names)
+    values = seeded(net.state_dict())
+    save_file({names[k]: v for k, v in values.items()} | {"embeddings.mask_token": torch.zeros(1, 24)}, tmp_path / "model.safetensors")
+    load_dinov2(net, str(tmp_path))
+    assert all(torch.equal(v, values[k]) for k, v in net.state_dict().items())
+    with pytest.raises(UserError, match="does not fit"): load_dinov2(Dinov2(24, 2, 3, grid=5), str(tmp_path))
+    with pytest.raises(UserError, match="cannot be read.*weights=none"): load_dinov2(net, str(tmp_path.parent))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("VLA_NB_CACHE_ROOT", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="facebook/dinov2-small.*weights=none"): load_dinov2(net, "facebook/dinov2-small")
+
+
+def test_frozen_dinov2_in_act(tmp_path):
+    "Frozen features are not trained; the policy saves and loads; LeRobot's weights for a ResNet are refused."
+    policy = build("plain", vision_backbone="dinov2_vits14", freeze_backbone=True, loss_reduction="valid")
+    batch = policy.preprocessor(raw_batch())
+    policy.train()(batch)[0].backward()
+    assert all(p.grad is None for p in policy.model.backbone.parameters()) and policy.model.action_head.weight.grad.abs().sum() > 0
+    assert sum(p.numel() for p in policy.model.backbone.parameters()) == 22_056_192
+    policy.eval().save_pretrained(tmp_path / "p")
+    found = load_policy(tmp_path / "p", "cpu")
+    assert torch.equal(found.predict_action_chunk(batch), policy.predict_action_chunk(batch)) and not found.model.backbone.patch.weight.requires_grad
+    with pytest.raises(UserError, match="use facebook/dinov2-small"):
+        build("plain", vision_backbone="dinov2_vits14", pretrained_backbone_weights="ResNet18_Weights.IMAGENET1K_V1")

@@ -82,6 +82,14 @@ class Pi0Config(PolicyConfig):
     compile_mode: str = "max-autotune"          # its mode
     freeze_vision_encoder: bool = False         # train everything but the vision tower
     train_expert_only: bool = False             # train the expert and the projections of actions, state and time
+    optimizer_lr: float = 2.5e-5                # peak learning rate
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    optimizer_eps: float = 1e-8                 # of AdamW
+    optimizer_weight_decay: float = 0.01        # of matrices
+    optimizer_grad_clip_norm: float = 1.0       # largest norm of the gradient
+    scheduler_warmup_steps: int = 1_000         # steps until the peak
+    scheduler_decay_steps: int = 30_000         # steps until the end of the cosine
+    scheduler_decay_lr: float = 2.5e-6          # learning rate there
     allow_random_backbone: bool = False         # insist on a new policy without pretrained weights
 
 # %% ../../nbs/policies/440_pi0.ipynb #0708761b
@@ -130,7 +138,7 @@ def tiny(cls: Pi0Config,
     sizes = dict(chunk_size=8, n_action_steps=8, vocab_size=0, paligemma_variant="128,4,320,4,1,32",
                  action_expert_variant="96,4,256,4,1,32", vision_variant="conv", image_resolution=(64, 64),
                  image_resize="area", random_shift=3, normalization_mapping=scaled("MIN_MAX"),
-                 allow_random_backbone=True)
+                 optimizer_lr=1e-3, scheduler_warmup_steps=100, scheduler_decay_lr=1e-5, allow_random_backbone=True)
     return cls(**{**split_features(features), **sizes, **overrides})
 
 # %% ../../nbs/policies/440_pi0.ipynb #9b87c2e2
