@@ -1,6 +1,7 @@
 """ACT and its backbone: equal to LeRobot 0.4.4 on goldens, its keys, its saved folder, its ensemble, and what is refused."""
 import json
 import math
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from vla_nb.apps.cli import main
 from vla_nb.core.stats import Stats
 from vla_nb.core.types import Feature, UserError
+from vla_nb.datasets.fake import fake_dataset
 from vla_nb.networks.dinov2 import Dinov2, load_dinov2, renamed
 from vla_nb.networks.resnet import FrozenBatchNorm, ResNet, conv_norm, load_backbone, weights_file
 from vla_nb.policies.act import ActConfig, ActPolicy
@@ -278,3 +281,35 @@ def test_frozen_dinov2_in_act(tmp_path):
     assert torch.equal(found.predict_action_chunk(batch), policy.predict_action_chunk(batch)) and not found.model.backbone.patch.weight.requires_grad
     with pytest.raises(UserError, match="use facebook/dinov2-small"):
         build("plain", vision_backbone="dinov2_vits14", pretrained_backbone_weights="ResNet18_Weights.IMAGENET1K_V1")
+
+
+# ---------------------------------------------------------------- training from the command line
+
+LITTLE = ("--policy.type=act --policy.pretrained_backbone_weights=none --policy.dim_model=16 --policy.n_heads=2 --policy.dim_feedforward=16 "
+          "--policy.n_encoder_layers=1 --policy.n_vae_encoder_layers=1 --policy.latent_dim=4 --policy.chunk_size=4 "
+          "--policy.n_action_steps=4 --policy.optimizer_lr_backbone=2e-5").split()
+
+
+def test_train_resume_and_offline_errors(tmp_path, monkeypatch):
+    "A run that was stopped and resumed ends bit for bit as one that was not, latent noise and dropout included; LeRobot's settings hold."
+    for name, value in (("CACHE_ROOT", tmp_path / "cache"), ("THREADS", "1"), ("DEVICE", "cpu")): monkeypatch.setenv(f"VLA_NB_{name}", str(value))
+    fake_dataset(tmp_path / "data", episodes=3, frames=12, cameras=("top",), size=(32, 32))
+    words = ["train", f"--dataset.root={tmp_path / 'data'}", "--batch_size=4", "--save_freq=2", "--log_freq=1", "--steps=4", *LITTLE]
+    for run in ("whole", "parts"): assert main([*words, f"--output_dir={tmp_path / run}"]) == 0
+    shutil.rmtree(tmp_path / "parts/checkpoints/000004")                   # as if it had been killed after step 2
+    (tmp_path / "parts/checkpoints/last").unlink()
+    assert main([*words, f"--output_dir={tmp_path / 'parts'}", "--resume=true"]) == 0
+    a, b = (load_file(tmp_path / f"{run}/checkpoints/000004/pretrained_model/model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+    last = tmp_path / "whole/checkpoints/000004"
+    settings = json.loads((last / "pretrained_model/train_config.json").read_text())["optimizer"]
+    wanted = dict(type="adamw", lr=1e-5, betas=[0.9, 0.999], eps=1e-8, weight_decay=1e-4, grad_clip_norm=10.0, schedule="constant", warmup_steps=0)
+    assert {k: settings[k] for k in wanted} == wanted
+    groups = json.loads((last / "training_state/optimizer_param_groups.json").read_text())
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-5, 1e-4), (2e-5, 1e-4)]
+    stats = load_file(last / "pretrained_model/policy_preprocessor_step_3_normalizer_processor.safetensors")
+    np.testing.assert_allclose(stats["observation.images.top.mean"].flatten(), [0.485, 0.456, 0.406], rtol=1e-6)
+    assert main(["eval", "offline", f"--policy.path={tmp_path / 'whole'}", f"--dataset.root={tmp_path / 'data'}", "--episodes=2:3",
+                 "--stride=4", f"--output={tmp_path / 'offline.json'}"]) == 0
+    found = json.loads((tmp_path / "offline.json").read_text())["all"]
+    assert found["n"] == 3 and found["mse"] > 0 and len(found["mae"]) == 4

@@ -1,5 +1,6 @@
 """Diffusion policy: equal to LeRobot 0.4.4 and to diffusers on goldens, its memory of observations, its saved folder, and what is refused."""
 import json
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from vla_nb.apps.cli import main
 from vla_nb.core.stats import Stats
 from vla_nb.core.types import Feature, UserError
+from vla_nb.datasets.fake import fake_dataset
 from vla_nb.evaluation.offline import action_errors, windows
 from vla_nb.networks.ddpm import make_schedule
 from vla_nb.networks.resnet import ResNet, load_backbone
@@ -242,6 +245,35 @@ def test_wrong_batches():
     with pytest.raises(UserError, match="lacks 'action'"): policy.loss_terms({k: v for k, v in raw.items() if k != "action"})
     with pytest.raises(UserError, match="3 moments"): policy.predict_action_chunk(raw_batch(3))
     with pytest.raises(UserError, match="observation.images.wrist"): policy.plan({k: v for k, v in raw.items() if "wrist" not in k})
+
+
+# ---------------------------------------------------------------- training from the command line
+
+LITTLE = ("--policy.type=diffusion --policy.pretrained_backbone_weights=none --policy.use_group_norm=true --policy.horizon=8 "
+          "--policy.n_action_steps=4 --policy.down_dims=16,32 --policy.n_groups=4 --policy.diffusion_step_embed_dim=8 "
+          "--policy.num_train_timesteps=10 --policy.spatial_softmax_num_keypoints=4 --policy.crop_shape=28,28 "
+          "--policy.use_separate_rgb_encoder_per_camera=false --policy.drop_n_last_frames=2").split()
+
+
+def test_train_resume_and_offline_errors(tmp_path, monkeypatch):
+    "Samples look back and ahead; a run that was stopped and resumed ends bit for bit as one that was not; `eval offline` reads it."
+    for name, value in (("CACHE_ROOT", tmp_path / "cache"), ("THREADS", "1"), ("DEVICE", "cpu")): monkeypatch.setenv(f"VLA_NB_{name}", str(value))
+    fake_dataset(tmp_path / "data", episodes=3, frames=12, cameras=("top",), size=(32, 32))
+    words = ["train", f"--dataset.root={tmp_path / 'data'}", "--batch_size=4", "--save_freq=2", "--log_freq=1", *LITTLE]
+    assert main([*words, f"--output_dir={tmp_path / 'whole'}", "--steps=4"]) == 0
+    assert main([*words, f"--output_dir={tmp_path / 'parts'}", "--steps=4"]) == 0
+    shutil.rmtree(tmp_path / "parts/checkpoints/000004")                   # as if it had been killed after step 2
+    (tmp_path / "parts/checkpoints/last").unlink()
+    assert main([*words, f"--output_dir={tmp_path / 'parts'}", "--steps=4", "--resume=true"]) == 0
+    a, b = (load_file(tmp_path / f"{run}/checkpoints/000004/pretrained_model/model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+    settings = json.loads((tmp_path / "whole/checkpoints/000004/pretrained_model/train_config.json").read_text())["optimizer"]
+    wanted = dict(type="adam", lr=1e-4, betas=[0.95, 0.999], eps=1e-8, weight_decay=1e-6, grad_clip_norm=10.0, schedule="diffuser", warmup_steps=500)
+    assert {k: settings[k] for k in wanted} == wanted
+    assert main(["eval", "offline", f"--policy.path={tmp_path / 'whole'}", f"--dataset.root={tmp_path / 'data'}", "--episodes=2:3",
+                 "--stride=4", f"--output={tmp_path / 'offline.json'}"]) == 0
+    found = json.loads((tmp_path / "offline.json").read_text())["all"]
+    assert found["n"] == 3 and found["mse"] > 0 and len(found["mae"]) == 4
 
 
 def test_offline_compares_the_executed_actions(tmp_path):
