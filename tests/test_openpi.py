@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pi0 import ATOL, EMBED, batch_of, close, golden  # noqa: E402
+from vla_nb.apps.cli import main
 from vla_nb.checkpoints.openpi import import_openpi, open_checkpoint, torch_targets
 from vla_nb.core.types import OBS_STATE, UserError
 from vla_nb.networks.flow import time_embedding
@@ -215,3 +216,19 @@ def test_jax_tensors_are_not_lost(tmp_path):
     with pytest.raises(UserError, match="no policy of this kind has: 'value_head/w'"):
         import_openpi(tmp_path / "source", tmp_path / "ours", tokenizer, vision_heads=3)
     assert not (tmp_path / "ours").exists()
+
+
+def test_import_by_command(tmp_path, capsys):
+    "The command tells openpi's folders from others, takes options and fields, and asks for the tokenizer."
+    torch_file("pi0", tmp_path / "source")
+    words = ["checkpoint", "import", str(tmp_path / "source"), str(tmp_path / "ours")]
+    assert main(words) != 0
+    assert "--tokenizer=" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    words += [f"--tokenizer={tmp_path / 'source/tokenizer'}", "--vision_heads=4", "--cameras=front,wrist", "--action_dim=7",
+              "--policy.chunk_size=6", "--policy.n_action_steps=3"]
+    assert main(words) == 0
+    assert "106 loaded, 0 tied, 0 new, 1 ignored" in capsys.readouterr().out
+    policy = load_policy(tmp_path / "ours")
+    assert policy.cameras == ["observation.images.front", "observation.images.wrist"]
+    assert (policy.action_dim, policy.config.n_action_steps) == (7, 3)
+    assert main(["checkpoint", "verify", str(tmp_path / "ours")]) == 0

@@ -115,7 +115,7 @@ COMMANDS |= {
     "export onnx": Command("inference.onnx:main", "a policy as ONNX graphs, compared with the original and timed",
                            "POLICY --output=FOLDER [options]", "inference.onnx:OnnxOptions"),
     "checkpoint import": Command("checkpoints.command:main_import", "take in a policy that LeRobot or openpi wrote",
-                                 "FOLDER|OWNER/NAME FOLDER [--policy.NAME=VALUE]", "checkpoints.command:ImportOptions"),
+                                 "SOURCE FOLDER [--policy.NAME=VALUE] [options]", "checkpoints.command:ImportOptions"),
     "checkpoint export": Command("checkpoints.command:main_export", "write a policy so that LeRobot loads it",
                                  "RUN|FOLDER FOLDER [--to=0.4]", "checkpoints.command:ExportOptions"),
     "checkpoint verify": Command("checkpoints.command:main_verify", "files, tensors, statistics, a first action",

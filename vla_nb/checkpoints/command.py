@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Finding', 'check_files', 'check_statistics', 'constant_dimensions', 'check_acting', 'verify_checkpoint',
-           'split_words', 'show_table', 'ImportOptions', 'ExportOptions', 'main_import', 'main_export', 'main_verify']
+           'split_words', 'show_table', 'ImportOptions', 'ExportOptions', 'take_openpi', 'main_import', 'main_export',
+           'main_verify']
 
 # %% ../../nbs/checkpoints/580_command.ipynb #55951c51
 from collections import Counter
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from .lerobot import VERSIONS, export_lerobot, import_lerobot, read_lerobot, shapes_of
+from .openpi import CAMERAS, import_openpi, is_openpi
 from ..core.config import apply_flags, parse_flags
 from ..core.files import read_json
 from ..core.types import OBS_STATE, TASK, UserError
@@ -125,21 +127,44 @@ def show_table(table, left: dict):
 class ImportOptions:
     "Flags of `vla-nb checkpoint import`; besides them --policy.NAME=VALUE for any field of the configuration."
     revision: str | None = None  # of a checkpoint on the Hub: branch, tag or commit
+    tokenizer: str = ""          # openpi: PaliGemma's tokenizer, a folder or a name on the Hub
+    cameras: str = ""            # openpi: your names of its picture slots (base, left wrist, right wrist), with commas
+    asset: str = ""              # openpi: which statistics below assets/, when there are several
+    state_dim: int = 0           # openpi: numbers of the robot's state; 0: as many as the statistics have
+    action_dim: int = 0          # openpi: numbers of its actions
+    state_in_prompt: bool = True # openpi, pi0.5: False for checkpoints trained without, such as pi05_libero
+    vision_heads: int = 16       # openpi: heads of the vision tower
 
 @dataclass(frozen=True)
 class ExportOptions:
     "Flags of `vla-nb checkpoint export`."
     to: str = "0.4"              # version of LeRobot: 0.4 or 0.6
 
+# %% ../../nbs/checkpoints/580_command.ipynb #146c58ca
+def take_openpi(
+    source,            # folder that openpi wrote
+    target,            # policy folder to write
+    fields: dict,      # of the configuration, as text
+    o: ImportOptions,  # the options of openpi
+):
+    "Import from openpi."
+    if not o.tokenizer:
+        raise UserError(f"{source} is a checkpoint of openpi, which holds no tokenizer: give --tokenizer=FOLDER or "
+                        "--tokenizer=google/paligemma-3b-pt-224.")
+    cameras = tuple(o.cameras.split(",")) if o.cameras else CAMERAS
+    return import_openpi(source, target, o.tokenizer, cameras, o.asset, o.state_dim, o.action_dim, o.state_in_prompt,
+                         o.vision_heads, **fields)
+
 def main_import(
     argv: list[str],  # words after `vla-nb checkpoint import`
 ) -> int:             # exit status
     "`vla-nb checkpoint import SOURCE FOLDER`."
-    usage = "a checkpoint of LeRobot (folder or owner/name) and a folder to write"
+    usage = "a checkpoint of LeRobot (folder or owner/name) or of openpi (folder), and a folder to write"
     (source, target), flags = split_words(argv, "import", 2, usage)
     fields = flags.pop("policy", {})
     o = apply_flags(ImportOptions(), flags)
-    show_table(*import_lerobot(source, target, fields, o.revision))
+    if is_openpi(source): show_table(take_openpi(source, target, fields, o), {})
+    else: show_table(*import_lerobot(source, target, fields, o.revision))
     print(f"{source} imported to {target}.")
     return 0
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRUNK', 'VISION', 'TEXT', 'EXPERT', 'LINEAR', 'NORM', 'HEADS', 'VISION_LAYER', 'TEXT_LAYER', 'ADAPTIVE', 'SINGLE',
            'CAMERAS', 'torch_targets', 'plain', 'transposed', 'heads_in', 'heads_out', 'vision_in', 'layer_targets',
-           'jax_targets', 'TorchFiles', 'JaxFiles', 'array_name', 'open_checkpoint', 'stack_sizes', 'geometry',
-           'norm_stats', 'cut', 'prompt_steps', 'our_tensors', 'plan_import', 'import_openpi', 'openpi_stats',
-           'check_prompts', 'export_openpi']
+           'jax_targets', 'TorchFiles', 'JaxFiles', 'array_name', 'open_checkpoint', 'is_openpi', 'stack_sizes',
+           'geometry', 'norm_stats', 'cut', 'prompt_steps', 'our_tensors', 'plan_import', 'import_openpi',
+           'openpi_stats', 'check_prompts', 'export_openpi']
 
 # %% ../../nbs/checkpoints/570_openpi.ipynb #a0058103
 import re
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .audit import TYPE_NAMES, LoadTable, audit, write_tensors
-from ..core.config import to_dict
+from ..core.config import apply_flags, to_dict
 from ..core.files import atomic_dir, read_json, write_json
 from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, Feature, UserError
 from ..policies.pi0 import Pi0Policy, Pi05Policy, make_network, to_bfloat16
@@ -175,6 +175,16 @@ def open_checkpoint(
     if any(source.glob("model*.safetensors")): return TorchFiles(source)
     raise UserError(f"{source} holds no openpi checkpoint: expected model.safetensors, or params/ with manifest.ocdbt.")
 
+def is_openpi(
+    source,   # a path, or owner/name on the Hub
+) -> bool:
+    "True for a folder that openpi wrote; the configuration of a policy folder names its type, openpi's does not."
+    source = Path(source)
+    config, weights = source / CONFIG, source / WEIGHTS
+    if any((f / "manifest.ocdbt").is_file() for f in (source, source / "params")): return True
+    if not weights.is_file() or config.is_file() and "type" in read_json(config): return False
+    return config.is_file() or (source / "assets").is_dir()
+
 # %% ../../nbs/checkpoints/570_openpi.ipynb #3b786a4d
 def stack_sizes(
     shapes: dict,  # our name → shape
@@ -263,7 +273,7 @@ def our_tensors(
 def plan_import(
     files,              # from `open_checkpoint`
     features: dict,     # input_features, output_features
-    fields: dict,       # configuration fields that were given
+    fields: dict,       # configuration fields that were given, as text or values
     vision_heads: int,  # heads of the vision tower
 ) -> tuple:             # (policy class, configuration, our name → (dtype, shape), LoadTable)
     "Settle sizes and account for every tensor, on shapes alone."
@@ -272,8 +282,8 @@ def plan_import(
         found = files.targets(name, torch.empty(shape, device="meta")) or {}
         shapes |= {ours: tuple(x.shape) for ours, x in found.items()}
     cls, sizes = geometry(shapes, vision_heads)
-    own = {"dtype": "bfloat16" if files.half else "float32", **sizes, **fields}
-    config = cls.config_class(**features, **own)
+    own = {"dtype": "bfloat16" if files.half else "float32", **sizes}
+    config = apply_flags(cls.config_class(**features, **own), fields, "policy.")
     with torch.device("meta"): network = make_network(config, cls.adaptive)
     if config.dtype == "bfloat16": to_bfloat16(network)
     layout = {f"model.{k}": (v.dtype, tuple(v.shape)) for k, v in network.state_dict().items()}
@@ -293,7 +303,7 @@ def import_openpi(
     action_dim: int = 0,          # numbers of its actions
     state_in_prompt: bool = True, # pi0.5: False for checkpoints trained without, such as pi05_libero
     vision_heads: int = 16,       # heads of the vision tower
-    **fields,                     # further fields of the configuration: chunk_size, n_action_steps, dtype …
+    **fields,                     # further fields of the configuration, as text or values: chunk_size, dtype …
 ) -> LoadTable:
     "Turn a checkpoint of openpi into a policy folder."
     files, stats = open_checkpoint(source), norm_stats(Path(source), asset)
