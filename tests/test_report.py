@@ -11,6 +11,7 @@ from fake_study import METHODS, NEW, OLD, make_study
 from vla_nb.apps.report import main, render, render_headline
 from vla_nb.apps.report_media import CLIP_LIMIT, clip_uris
 from vla_nb.core.types import UserError
+from vla_nb.apps import comparison
 from vla_nb.evaluation import compare
 
 ROW = {"name", "mcq_accuracy", "mcq_n", "mcq_ci95", "mcq_p_vs_sft", "mcq_accuracy_absent", "success", "new_task",
@@ -80,7 +81,7 @@ def test_missing_file_is_an_error(tmp_path, file):
     (study/"sft"/"eval"/f"{file}.json").unlink()
     with pytest.raises(UserError, match=rf"sft/eval/{file}.json is missing; make it with: vla-nb "
                        rf".*eval_sft"): compare.summarise(study)
-    with pytest.raises(UserError, match=f"{file}.json is missing"): compare.main([str(study)])
+    with pytest.raises(UserError, match=f"{file}.json is missing"): comparison.main([str(study)])
     with pytest.raises(UserError, match=f"{file}.json is missing"): render_headline([study, study], tmp_path/"headline")
     assert not (tmp_path/"headline").exists()
 

@@ -78,8 +78,8 @@ COMMANDS |= {
                             "POLICY [--fps=30] [options]", "evaluation.latency:LatencyOptions"),
     "eval retention": Command("apps.anchors:eval_retention", "distance from the starting policy on held-out anchors",
                               "--policy.path=RUN --anchors=FOLDER[,FOLDER] [options]", "apps.anchors:RetentionOptions"),
-    "compare": Command("evaluation.compare:main", "table and paired tests of several evaluated runs",
-                       "RUN RUN [RUN …] [--output=FILE]"),
+    "compare": Command("apps.comparison:main", "several evaluated runs: speed, size, accuracy, success, paired tests",
+                       "RUN RUN [RUN …] [--page=FILE.html] [options]", "apps.comparison:CompareOptions"),
     "experiment list": Command("apps.experiment:list_experiments", "the experiments and what each needs", ""),
     "experiment run": Command("apps.experiment:run", "run an experiment; `demo` and `headline` run the comparison",
                               "NAME [-p key=value …] [--dry-run], or demo|headline [--only=STAGE] "
