@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test headline bench-data bench-policies parity readme notebooks lab clean
+.PHONY: help install demo test headline bench-data bench-policies equality parity readme notebooks lab clean
 
 VENV := .venv
 DRAWING := (6[78]0|7[56]0|8[012]0)_
@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@awk '/^#/ {sub(/^# ?/, ""); print; next} {exit}' Makefile
-	@echo; echo "Others: headline (three seeds, hours), bench-data (half an hour), bench-policies (a quarter), parity, readme, notebooks, lab, clean"
+	@echo; echo "Others: headline (three seeds, hours), bench-data (half an hour), bench-policies (a quarter), equality, parity, readme, notebooks, lab, clean"
 
 install: $(STAMP)
 
@@ -70,6 +70,9 @@ test: install
 
 parity: install
 	@$(BIN)/python tools/parity.py
+
+equality: install
+	@$(BIN)/python tools/equality.py
 
 readme: install
 	@$(BIN)/python tools/readme.py

@@ -39,11 +39,15 @@ def golden(tmp_path, monkeypatch):
 def raw(found): return {**{k[4:]: v for k, v in found.items() if k.startswith("raw.")}, "task": ["open the drawer.", "push the big red button"]}
 
 
-def distance(policy):
-    "Largest difference of physical actions from LeRobot's."
+def close(a, b): assert (a - b).abs().max() <= 1e-5, (a - b).abs().max()
+
+
+def acts_as_lerobot(policy):
+    "The chunk and the physical actions are LeRobot's."
     found = load_file(GOLDENS / "base/expected.safetensors")
     chunk = policy.predict_action_chunk(policy.preprocessor(raw(found)), found["noise"])
-    return (policy.postprocessor(chunk) - found["actions"]).abs().max().item()
+    close(chunk, found["chunk"])
+    close(policy.postprocessor(chunk), found["actions"])
 
 
 def change_weights(folder, change):
@@ -65,7 +69,8 @@ def test_import_of_lerobot_04(golden, tmp_path):
     assert left["device"] == "of the run" and left["rtc_config"] == "off" and "optimizer_lr" not in left
     shutil.rmtree(golden); shutil.rmtree(tmp_path / "vlm")
     policy = load_policy(tmp_path / "ours", "cpu")
-    assert distance(policy) <= 1e-5 and policy.config.optimizer_lr == 1e-4
+    acts_as_lerobot(policy)
+    assert policy.config.optimizer_lr == 1e-4
 
 
 def test_import_of_lerobot_06_and_compiled_names(golden, tmp_path):
@@ -86,7 +91,8 @@ def test_import_of_lerobot_06_and_compiled_names(golden, tmp_path):
     policy, table, _ = read_lerobot(golden, AS_LEROBOT)
     assert table.counts()["tied"] == table.counts()["ignored"] == 1
     embedding = policy.state_dict()["model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"]
-    assert torch.equal(policy.state_dict()[head], embedding) and distance(policy) <= 1e-5
+    assert torch.equal(policy.state_dict()[head], embedding)
+    acts_as_lerobot(policy)
 
 
 def old_folder(folder):
@@ -108,7 +114,7 @@ def test_import_of_lerobot_03(golden, tmp_path):
     with pytest.raises(UserError, match="vla-nb checkpoint import"): load_policy(golden, "cpu")
     table, _ = import_lerobot(golden, tmp_path / "ours", AS_LEROBOT)
     assert table.counts()["ignored"] == 16
-    assert distance(load_policy(tmp_path / "ours", "cpu")) <= 1e-5
+    acts_as_lerobot(load_policy(tmp_path / "ours", "cpu"))
 
 
 def test_statistics_that_were_never_filled(golden, tmp_path):
@@ -210,6 +216,16 @@ def test_exports_acted_identically_in_lerobot():
     assert all(x <= 1e-5 for v in found["largest_difference"].values() for x in v.values())
 
 
+def test_equality_table():
+    "The committed table of `make equality`: every policy that is not a fake, every importer, within 1e-5."
+    from vla_nb.policies.base import POLICIES
+    found = load_json(Path(__file__).parents[1] / "reports/equality.json")
+    assert all(r["passed"] and r["comparisons"] and r["largest"] <= 1e-5 for r in found["rows"]), found["rows"]
+    named = {w for r in found["rows"] if r["kind"] == "policy" for w in r["what"].split(", ")}
+    assert named >= POLICIES.keys() - {"fake"}
+    assert {r["what"] for r in found["rows"] if r["kind"] == "importer"} >= {"LeRobot 0.4", "LeRobot 0.6", "openpi, PyTorch", "openpi, JAX"}
+
+
 # ---------------------------------------------------------------- Hub, command line, verify
 
 def test_from_the_hub(golden, tmp_path, monkeypatch):
@@ -229,7 +245,7 @@ def test_from_the_hub(golden, tmp_path, monkeypatch):
             push_files(f"me/{name}", "model", {p.name: p for p in (tmp_path / name).iterdir()}, "x", False)
         shutil.rmtree(golden); shutil.rmtree(tmp_path / "vlm")
         assert vla_nb(["checkpoint", "import", "me/base", str(tmp_path / "ours"), "--policy.patch_positions=shifted"]) == 0
-        assert distance(load_policy(tmp_path / "ours", "cpu")) <= 1e-5
+        acts_as_lerobot(load_policy(tmp_path / "ours", "cpu"))
         assert load_policy("me/base", "cpu").config.vlm.width == 16
 
 

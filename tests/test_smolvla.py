@@ -43,25 +43,22 @@ def from_lerobot(name, **changes):
     return other
 
 
-def measure(name):
-    "Largest differences from LeRobot: what -> number."
-    policy, (found, raw) = from_lerobot(name), golden(name)
-    batch = policy.preprocessor(raw)
-    total, count, _ = policy.loss_terms(batch, found["noise"], found["time"])
-    chunk = policy.predict_action_chunk(batch, found["noise"])
-    pairs = {f"input {k}": (batch[k], found[f"inputs.{k}"]) for k in ("observation.state", "action", "observation.language.tokens",
-                                                                     "observation.language.attention_mask")}
-    pairs |= {"input picture": (policy.picture(batch["observation.images.top"]), found["inputs.picture"]),
-              "loss": (total / count, found["loss"]), "chunk": (chunk, found["chunk"]),
-              "physical actions": (policy.postprocessor(chunk), found["actions"])}
-    return {k: (a.float() - b.float()).abs().max().item() for k, (a, b) in pairs.items()}
+def close(a, b): assert (a - b).abs().max() <= 1e-5, (a - b).abs().max()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equal_to_lerobot(name):
     "Inputs, loss, chunk and physical actions, with the same noise and times."
-    found = measure(name)
-    assert max(found.values()) <= 1e-5, found
+    policy, (found, raw) = from_lerobot(name), golden(name)
+    batch = policy.preprocessor(raw)
+    for k in ("observation.state", "action", "observation.language.tokens", "observation.language.attention_mask"):
+        close(batch[k].float(), found[f"inputs.{k}"].float())
+    close(policy.picture(batch["observation.images.top"]), found["inputs.picture"])
+    total, count, _ = policy.loss_terms(batch, found["noise"], found["time"])
+    close(total / count, found["loss"])
+    chunk = policy.predict_action_chunk(batch, found["noise"])
+    close(chunk, found["chunk"])
+    close(policy.postprocessor(chunk), found["actions"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
