@@ -216,3 +216,14 @@ def test_rows_without_a_camera():
     a, b, c = (policy.predict_action_chunk(x) for x in (batch, other, {k: v for k, v in batch.items() if "padding" not in k}))
     torch.testing.assert_close(a, b)
     assert torch.allclose(a[[0, 2]], c[[0, 2]], atol=1e-5) and not torch.allclose(a[1], c[1], atol=1e-3)
+
+
+def test_a_camera_may_be_missing_and_another_renamed(tmp_path):
+    "One of two cameras, under the robot's own name; without `empty_cameras` the other one is asked for."
+    policy = build(empty_cameras=1)
+    policy.preprocessor[0].__init__({"observation.images.laptop": "observation.images.top"})
+    seen = {"observation.images.laptop": np.full((20, 32, 3), 90, np.uint8), "observation.state": np.zeros(5), "task": "push it"}
+    assert policy.act(seen).shape == (4,) and policy.act(seen).shape == (4,)
+    strict = build()
+    with pytest.raises(UserError, match="empty_cameras=0.*observation.images.wrist"):
+        strict.act({**seen, "observation.images.top": seen["observation.images.laptop"]})

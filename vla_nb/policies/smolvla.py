@@ -275,8 +275,9 @@ def check_observation(self: SmolVLAPolicy,
     observation: dict,  # raw, unbatched
 ) -> dict:              # the policy's own keys only, pictures channels-first
     "As every policy, but a camera may be missing."
-    there = self.present(observation)
-    blank = {k: np.zeros((3, 1, 1), np.uint8) for k in self.cameras if k not in there}
+    raw = {new: old for s in self.preprocessor.steps for old, new in getattr(s, "rename_map", {}).items()}
+    there = self.present({k for k in self.cameras if raw.get(k, k) in observation})
+    blank = {raw.get(k, k): np.zeros((3, 1, 1), np.uint8) for k in self.cameras if k not in there}
     out = Policy.check_observation(self, {**observation, **blank})
     return {k: v for k, v in out.items() if k not in blank}
 

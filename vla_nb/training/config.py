@@ -132,7 +132,8 @@ ALIASES = {**{f"policy.optimizer_{k}": f"optimizer.{k}" for k in OPTIM},
            "scheduler.peak_lr": "optimizer.lr", "grad_clip_norm": "optimizer.grad_clip_norm",
            "grad_clip": "optimizer.grad_clip_norm", "lr": "optimizer.lr", "policy.device": "device",
            "gradient_accumulation.steps": "gradient_accumulation_steps", "num_steps": "steps",
-           "accelerator.mixed_precision": "mixed_precision", "policy.use_amp": "use_amp", "env_eval_freq": "eval_freq"}
+           "accelerator.mixed_precision": "mixed_precision", "policy.use_amp": "use_amp", "env_eval_freq": "eval_freq",
+           "allow_random_backbone": "policy.allow_random_backbone"}
 VALUES = {"cosine_decay_with_warmup": "cosine", "constant_with_warmup": "constant"}   # LeRobot's schedule names
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "null")
 ONLY = {  # flag -> (values that say what happens anyway, why another cannot be had)
