@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pi0 import ATOL, EMBED, batch_of, close, golden  # noqa: E402
 from vla_nb.apps.cli import main
+from vla_nb.checkpoints.lerobot import read_lerobot
 from vla_nb.checkpoints.openpi import import_openpi, open_checkpoint, torch_targets
 from vla_nb.core.types import OBS_STATE, UserError
 from vla_nb.networks.flow import time_embedding
@@ -232,3 +233,23 @@ def test_import_by_command(tmp_path, capsys):
     assert policy.cameras == ["observation.images.front", "observation.images.wrist"]
     assert (policy.action_dim, policy.config.n_action_steps) == (7, 3)
     assert main(["checkpoint", "verify", str(tmp_path / "ours")]) == 0
+
+
+@pytest.mark.parametrize("name", ("pi0", "pi05"))
+@pytest.mark.parametrize("level", ("vision_model.", ""))
+def test_lerobot_folder_plans_like_openpi(name, level, tmp_path):
+    "The same weights in a folder of LeRobot: one more prefix, the tied head, settings of the run, an empty camera."
+    sizes, data = golden(name)
+    tokenizer = torch_file(name, tmp_path / "source")
+    import_openpi(tmp_path / "source", tmp_path / "folder", tokenizer, cameras=sizes["cameras"], vision_heads=4,
+                  chunk_size=sizes["action_horizon"], n_action_steps=sizes["action_horizon"])
+    state = load_file(tmp_path / "source/model.safetensors")
+    save_file({f"model.{k}".replace("vision_model.", level): v for k, v in state.items()}, tmp_path / "folder/model.safetensors")
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    run = dict(n_obs_steps=1, device="cuda", use_amp=False, push_to_hub=True, repo_id=None, rtc_config=None, empty_cameras=1)
+    config["input_features"]["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 56, 56]}
+    (tmp_path / "folder/config.json").write_text(json.dumps({**config, **run}))
+    policy, table, left = read_lerobot(tmp_path / "folder")
+    assert set(left) == run.keys() and table.counts()["ignored"] == 1 and len(policy.cameras) == 3
+    for policy in policy, load_policy(tmp_path / "folder"):
+        close(policy.predict_action_chunk(batch_of(name), data["input"]["noise"]), data["output"]["sample.actions"])

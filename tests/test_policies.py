@@ -508,7 +508,7 @@ NAME = "language_model.norm.weight"
     (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
     (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]), "truncated or damaged"),
     (lambda p: (p / "model.safetensors").write_bytes(b""), "truncated or damaged"),
-    (lambda p: spoil_config(p, type="act"), "Unknown key 'act' in the policy types"),
+    (lambda p: spoil_config(p, type="tdmpc"), "Unknown key 'tdmpc' in the policy types"),
     (lambda p: spoil_config(p, type="fake"), "Unknown key"),
     (lambda p: spoil_config(p, widht=3), "did you mean 'width'"),
     (lambda p: spoil_config(p, width="wide"), "width is 'wide'"),

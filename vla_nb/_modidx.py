@@ -3075,6 +3075,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vla_nb.policies.pi0.compiled': ('policies/pi0.html#compiled', 'vla_nb/policies/pi0.py'),
                                      'vla_nb.policies.pi0.make_network': ('policies/pi0.html#make_network', 'vla_nb/policies/pi0.py'),
                                      'vla_nb.policies.pi0.numbers': ('policies/pi0.html#numbers', 'vla_nb/policies/pi0.py'),
+                                     'vla_nb.policies.pi0.our_name': ('policies/pi0.html#our_name', 'vla_nb/policies/pi0.py'),
                                      'vla_nb.policies.pi0.scaled': ('policies/pi0.html#scaled', 'vla_nb/policies/pi0.py'),
                                      'vla_nb.policies.pi0.to_bfloat16': ('policies/pi0.html#to_bfloat16', 'vla_nb/policies/pi0.py')},
             'vla_nb.policies.pi0_fast': { 'vla_nb.policies.pi0_fast.Pi0FastConfig': ( 'policies/pi0_fast.html#pi0fastconfig',

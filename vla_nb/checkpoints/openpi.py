@@ -22,7 +22,7 @@ from .audit import TYPE_NAMES, LoadTable, audit, write_tensors
 from ..core.config import apply_flags, to_dict
 from ..core.files import atomic_dir, read_json, write_json
 from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, Feature, UserError
-from ..policies.pi0 import Pi0Policy, Pi05Policy, make_network, to_bfloat16
+from ..policies.pi0 import Pi0Policy, Pi05Policy, make_network, our_name, to_bfloat16
 from ..policies.store import CONFIG, WEIGHTS, policy_folder, read_config
 from ..processors.normalize import NormalizerStep
 from ..processors.pipeline import Pipeline
@@ -39,10 +39,9 @@ def torch_targets(
     x: torch.Tensor,  # its tensor
 ) -> dict|None:       # our names → tensors; see `audit`
     "What a tensor of a PyTorch checkpoint becomes."
-    name = name.removeprefix("model.")
-    if name == f"{TRUNK}gemma_expert.lm_head.weight": return {}
-    if name == f"{TRUNK}paligemma.lm_head.weight": name = f"{TEXT}embed_tokens.weight"
-    name = re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+    ours = our_name(name)
+    if ours is None: return {}
+    name = ours.removeprefix("model.")
     return {name: x} if name.startswith((TRUNK, "action_", "state_proj", "time_mlp_")) else None
 
 # %% ../../nbs/checkpoints/570_openpi.ipynb #30c66757

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STACKS', 'TOWERS', 'STACK_FIELDS', 'KEPT_FLOAT32', 'numbers', 'scaled', 'Pi0Config', 'Pi05Config', 'FlowNetwork',
-           'make_network', 'to_bfloat16', 'Pi0Policy', 'Pi05Policy', 'compiled']
+           'make_network', 'to_bfloat16', 'our_name', 'Pi0Policy', 'Pi05Policy', 'compiled']
 
 # %% ../../nbs/policies/440_pi0.ipynb #1617abc1
+import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -251,9 +252,19 @@ def to_bfloat16(
         if not any(part in name for part in KEPT_FLOAT32): p.data = p.data.bfloat16()
 
 # %% ../../nbs/policies/440_pi0.ipynb #e3137e6f
+def our_name(
+    name: str,  # of a tensor in a file of openpi or LeRobot
+) -> str|None:  # name in our policy; None: not needed
+    "What a published name is called here."
+    name = "model." + name.removeprefix("model.")
+    if name.endswith("gemma_expert.lm_head.weight"): return None
+    name = name.replace("paligemma.lm_head.weight", "paligemma.model.language_model.embed_tokens.weight")
+    return re.sub(r"vision_tower\.(?!vision_model\.|convs\.|position)", "vision_tower.vision_model.", name)
+
+# %% ../../nbs/policies/440_pi0.ipynb #b8284c70
 class Pi0Policy(Policy):
     "Vision-language-action flow model (arXiv 2410.24164)."
-    name, config_class, adaptive = "pi0", Pi0Config, False
+    name, config_class, adaptive, our_name = "pi0", Pi0Config, False, staticmethod(our_name)
 
     def __init__(self,
         config: Pi0Config,        # sizes and features

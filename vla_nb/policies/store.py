@@ -77,7 +77,8 @@ def load_weights(
     try: state = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} cannot be read ({e}): it is truncated or damaged; copy or save it again.") from e
-    own = module.state_dict()
+    own, our_name = module.state_dict(), getattr(module, "our_name", lambda name: name)
+    state = {name: v for k, v in state.items() if (name := our_name(k)) is not None}
     state |= {k: state[source] for k, source in tied.items() if k not in state and source in state}
     for what, names in (("lacks", own.keys() - state.keys()), ("has unexpected", state.keys() - own.keys())):
         if names:
