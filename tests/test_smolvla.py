@@ -1,6 +1,7 @@
 """SmolVLA: equal to LeRobot 0.4.4 on goldens and to transformers' SmolVLM, what is trained, and what is refused."""
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vla_nb.apps.cli import main as vla_nb
 from vla_nb.core.config import load_json
 from vla_nb.core.stats import Stats, compute_stats
 from vla_nb.core.types import Feature, UserError
@@ -227,3 +229,57 @@ def test_a_camera_may_be_missing_and_another_renamed(tmp_path):
     strict = build()
     with pytest.raises(UserError, match="empty_cameras=0.*observation.images.wrist"):
         strict.act({**seen, "observation.images.top": seen["observation.images.laptop"]})
+
+
+# ---------------------------------------------------------------- from the command line
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    "A dataset of two cameras, and a checkpoint as LeRobot wrote it."
+    from vla_nb.datasets.fake import fake_dataset
+    box, patch = tmp_path_factory.mktemp("train"), pytest.MonkeyPatch()
+    for name, value in (("CACHE_ROOT", box / "cache"), ("OUTPUTS", box / "outputs"), ("THREADS", "1"), ("DEVICE", "cpu")):
+        patch.setenv(f"VLA_NB_{name}", str(value))
+    fake_dataset(box / "koch", episodes=3, frames=8, cameras=("laptop", "phone"), size=(32, 32))
+    for part in ("base", "vlm"): shutil.copytree(GOLDENS / part, box / part)
+    patch.chdir(box)
+    yield box
+    patch.undo()
+
+
+def train(out, *words): return vla_nb(["train", f"--output_dir={out}", "--dataset.root=koch", "--batch_size=4", "--seed=1", *words])
+
+
+RENAME = '--rename_map={"observation.images.laptop": "observation.images.top", "observation.images.phone": "observation.images.wrist"}'
+
+
+def test_fine_tuning_a_checkpoint_of_lerobot(box, capsys):
+    "The guide's line on a folder that LeRobot wrote: other cameras and other widths; only the expert and the projections move."
+    line = ["--policy.path=base", "--policy.device=cpu", "--policy.optimizer_lr=5e-5", "--policy.scheduler_warmup_steps=1",
+            "--steps=2", "--save_freq=2"]
+    assert train("other", *line) != 0 and "--rename_map=" in capsys.readouterr().err
+    assert train("tuned", *line, RENAME) == 0
+    before, after = load_policy("base", "cpu").state_dict(), load_policy("tuned", "cpu")
+    moved = {k for k, v in after.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and not any(".vlm." in k for k in moved) and after.config.optimizer_lr == 5e-5
+    seen = {f"observation.images.{c}": np.zeros((32, 32, 3), np.uint8) for c in ("laptop", "phone")}
+    width = after.config.input_features["observation.state"].shape[0]
+    assert np.isfinite(after.act({**seen, "observation.state": np.zeros(width), "task": "push"})).all()
+
+
+def test_from_scratch_only_for_those_who_insist(box, capsys):
+    assert train("new", "--policy.type=smolvla", "--steps=2") != 0
+    assert "--policy.path=lerobot/smolvla_base" in capsys.readouterr().err
+    assert train("new2", "--policy.type=smolvla", "--policy.load_vlm_weights=true", "--policy.vlm_model_name=gone", "--steps=2") != 0
+    assert "neither a folder nor" in capsys.readouterr().err
+
+
+def test_resumed_training_is_bit_equal(box):
+    "Four steps in one go, and two and two."
+    tiny = ["--policy.type=smolvla", "--policy.preset=tiny", "--save_freq=2", "--allow-random-backbone",
+            "--policy.scheduler_warmup_steps=1", "--policy.scheduler_decay_steps=2"]      # a longer schedule is fitted to the steps
+    assert train("whole", *tiny, "--steps=4") == 0
+    assert train("parts", *tiny, "--steps=2") == 0
+    assert train("parts", "--resume=true", "--steps=4") == 0
+    a, b = (load_policy(n, "cpu").state_dict() for n in ("whole", "parts"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
