@@ -233,7 +233,7 @@ def test_missing_tracker_names_the_extra(box, capsys, monkeypatch):
     monkeypatch.setattr(utils, "is_wandb_available", lambda: False)
     capsys.readouterr()
     assert train(box, "bad", f"--dataset.root={box / 'koch'}", "--policy.type=fake", "--steps=1", "--wandb.enable=true") == 2
-    assert "pip install 'vla_nb[tracking]'" in said(capsys) and not (box / "bad").exists()
+    assert "pip install 'vla_nb[wandb]'" in said(capsys) and not (box / "bad").exists()
 
 
 def test_tensorboard_gets_the_numbers(box):

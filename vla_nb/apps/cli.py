@@ -120,6 +120,8 @@ COMMANDS |= {
                                  "RUN|FOLDER FOLDER [--to=0.4]", "checkpoints.command:ExportOptions"),
     "checkpoint verify": Command("checkpoints.command:main_verify", "files, tensors, statistics, a first action",
                                  "RUN|FOLDER|OWNER/NAME"),
+    "checkpoint merge": Command("policies.store:main_merge", "add an adapter (LoRA) to the weights it belongs to",
+                                "RUN|FOLDER --output=FOLDER", "policies.store:MergeOptions"),
     "checkpoint push": Command("policies.store:main", "push a policy to the Hub, with its model card",
                                "RUN|FOLDER OWNER/NAME [options]", "policies.store:PushOptions"),
 }

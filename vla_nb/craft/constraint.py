@@ -16,7 +16,7 @@ from ..core.files import read_json
 from ..core.types import UserError
 
 # %% ../../nbs/craft/500_constraint.ipynb #857ec68f
-MODES = ("token_ce", "token_kl", "hidden")
+MODES = ("token_ce", "token_kl", "hidden", "output")
 POOLINGS = ("mean_image_tokens", "mean_masked", "last_token", "cls_token", "every_token")
 SCHEDULES = ("linear", "cosine", "exponential", "constant")
 CHOICES = dict(retention_mode=MODES, pooling=(None, *POOLINGS), epsilon_schedule=SCHEDULES,
@@ -56,7 +56,7 @@ class DualConfig:
 class CraftConfig(DualConfig):
     "Every setting of constrained retention fine-tuning; checked when it is made."
     enabled: bool = False  # off = plain fine-tuning
-    retention_mode: str = "hidden"  # drift measure: token_ce | token_kl | hidden
+    retention_mode: str = "hidden"  # drift measure: token_ce | token_kl | hidden | output
     anchor_cache_dir: str = ""  # folder made by `vla-nb anchors build`
     anchor_batch_size: int = 16  # anchors per process and retention step
     anchor_parts: int = 0  # passes the anchor batch is cut into; 0 = whatever needs the least memory, 1 or 2

@@ -45,9 +45,9 @@ def self_check(
     precision: str = "no",  # mixed precision of the run: no | bf16 | fp16
 ):  # raises CraftError
     "At step 0 the student is the teacher: a drift that is not zero is a bug in the input path."
-    scale = {"token_ce": max(1.0, manifest.get("teacher_ce", 1.0)), "token_kl": 1.0, "hidden": 1.0}
-    if config.loss == "mse" and config.loss_scale == "raw" and config.retention_mode == "hidden":
-        scale["hidden"] = manifest["loss_scale"]["variance"]
+    scale = {"token_ce": max(1.0, manifest.get("teacher_ce", 1.0)), "token_kl": 1.0, "hidden": 1.0, "output": 1.0}
+    if config.loss == "mse" and config.loss_scale == "raw" and config.retention_mode in ("hidden", "output"):
+        scale[config.retention_mode] = manifest["loss_scale"]["variance"]
     relative, limit = abs(value) / scale[config.retention_mode], 1e-3 if precision == "no" else 1e-2
     if not relative < limit:
         raise CraftError(f"self-check failed: L_ret of the starting policy is {value:.4g} (relative {relative:.2g}, "

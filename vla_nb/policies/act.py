@@ -341,6 +341,15 @@ def predict_action_chunk(self: ActPolicy,
         return self.model(pictures, state, pictures[0].new_zeros(len(pictures[0]), self.config.latent_dim)).float()
 
 # %% ../../nbs/policies/450_act.ipynb #c85f1489
+@patch
+def output(self: ActPolicy,
+    batch: dict,   # pre-processed
+    drawn = None,  # not read: nothing is drawn
+) -> tuple:        # ([B, T, A] normalised actions with gradient, what was drawn: {})
+    "The chunk of the middle latent, for retention."
+    pictures, state = self.observed(batch)
+    return self.model(pictures, state, pictures[0].new_zeros(len(pictures[0]), self.config.latent_dim)).float(), {}
+
 @patch(as_prop=True)
 def num_hidden_states(self: ActPolicy) -> int: return len(self.model.encoder.layers) + 1
 @patch(as_prop=True)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'PARTS', 'OLD_FOLDER', 'read_config', 'require', 'load_weights', 'policy_folder', 'policy_class',
-           'torch_device', 'load_policy', 'make_policy', 'policy_card', 'push_policy', 'main']
+           'torch_device', 'load_policy', 'make_policy', 'policy_card', 'push_policy', 'main', 'MergeOptions',
+           'main_merge']
 
 # %% ../../nbs/policies/410_store.ipynb #b527ae96
 import importlib
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -23,6 +25,8 @@ from ..core.files import atomic_dir, write_json
 from ..core.hub import PushOptions, card, is_repo_id, push_files, snapshot
 from ..core.settings import settings
 from ..core.types import UserError
+from .adapters import (
+    ADAPTER, ADAPTER_CONFIG, adapter_base, attach_adapter, has_adapter, merge_adapter, write_adapter)
 from .base import POLICIES, Policy
 from .lerobot_config import own_fields
 from ..processors.pipeline import Pipeline
@@ -38,8 +42,10 @@ def save_pretrained(self: Policy,
     "Write configuration, weights and pipelines."
     with atomic_dir(path) as folder:
         write_json(folder / CONFIG, {"type": self.name, **to_dict(self.config)})
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        safetensors.torch.save_file(state, folder / WEIGHTS)
+        if has_adapter(self): write_adapter(self, folder)
+        else:
+            state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+            safetensors.torch.save_file(state, folder / WEIGHTS)
         self.preprocessor.save(folder)
         self.postprocessor.save(folder)
 
@@ -129,7 +135,12 @@ def from_pretrained(cls: Policy,
     names = ("policy_preprocessor", "policy_postprocessor")
     for name in names: require(folder, f"{name}.json", OLD_FOLDER)
     policy = cls(config, *(Pipeline.load(folder, name, classes=cls.step_classes) for name in names))
-    load_weights(policy, require(folder, WEIGHTS))
+    base = adapter_base(folder)
+    frozen = policy_folder(base) if base else folder
+    if base and (frozen / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder} is an adapter of {base}, which has one itself; merge that first.")
+    load_weights(policy, require(frozen, WEIGHTS, f"the adapter in {folder} needs it" if base else OLD_FOLDER))
+    if base: attach_adapter(policy, folder)
     policy.preprocessor.to(device)
     return policy.to(device).eval()
 
@@ -175,7 +186,7 @@ def policy_card(
 ) -> bytes:          # README.md
     "The model card of a policy."
     kind, values = read_config(folder)
-    with safetensors.safe_open(folder / WEIGHTS, "pt") as f:
+    with safetensors.safe_open(folder / (ADAPTER if adapter_base(folder) else WEIGHTS), "pt") as f:
         count = sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     rows = [f"| {way} | `{k}` | {f['type']} | {tuple(f['shape'])} |" for way in ("input", "output")
             for k, f in values[f"{way}_features"].items()]
@@ -222,4 +233,21 @@ def main(
     words, o = parse_command(argv, PushOptions(), 2, "vla-nb checkpoint push RUN owner/name")
     commit = push_policy(words[0], words[1], o.private, o.license)
     print(f"{words[0]} pushed to {words[1]}, commit {commit[:10]}.")
+    return 0
+
+@dataclass(frozen=True)
+class MergeOptions:
+    "Flags of `vla-nb checkpoint merge`."
+    output: str = ""   # folder to write; must not exist
+
+def main_merge(
+    argv: list[str],  # words after `vla-nb checkpoint merge`
+) -> int:             # exit status
+    "Add an adapter to the weights it belongs to: `vla-nb checkpoint merge RUN --output=FOLDER`."
+    (path,), o = parse_command(argv, MergeOptions(), 1, "vla-nb checkpoint merge RUN --output=FOLDER", ("output",))
+    if Path(o.output).exists(): raise UserError(f"{o.output} exists; choose another --output.")
+    policy = load_policy(path, "cpu")
+    if not has_adapter(policy): raise UserError(f"{path} has no adapter to merge.")
+    merge_adapter(policy).save_pretrained(o.output)
+    print(f"{path} merged into {o.output}.")
     return 0

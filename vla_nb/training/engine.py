@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'LoopConfig', 'Routed', 'Tracking', 'check_tracker', 'make_accelerator', 'stop_on_signal', 'jsonable',
-           'to_device']
+           'out_of_memory', 'to_device']
 
 # %% ../../nbs/training/615_engine.ipynb #952fbb64
 import math
@@ -66,7 +66,8 @@ def check_tracker(
     "Refuse a tracker whose package is missing."
     from accelerate import utils
     if kind == "none" or getattr(utils, f"is_{kind}_available")(): return
-    raise UserError(f"the tracker is {kind!r}, but that package is not installed; `pip install 'vla_nb[tracking]'`, or "
+    extra = {"tensorboard": "tracking"}.get(kind, kind)
+    raise UserError(f"the tracker is {kind!r}, but that package is not installed; `pip install 'vla_nb[{extra}]'`, or "
                     "--tracker=none (metrics.jsonl is written anyway).")
 
 # %% ../../nbs/training/615_engine.ipynb #e3bf0049
@@ -120,6 +121,12 @@ def jsonable(
         v = v.item() if isinstance(v, torch.Tensor) else v
         return None if isinstance(v, float) and not math.isfinite(v) else v
     return {k: plain(v) for k, v in metrics.items()}
+
+def out_of_memory(
+    error: Exception,  # any
+) -> bool:
+    "Whether an error means that memory ran out, on a GPU or on the CPU."
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 def to_device(
     batch: dict,  # tensors, and anything else

@@ -21,8 +21,8 @@ from torch import nn
 from ..core.files import append_jsonl, read_jsonl, write_json
 from ..core.progress import bar, format_log_line
 from ..core.types import UserError
-from .engine import (LoopConfig, Routed, Tracking, jsonable, make_accelerator, stop_on_signal,
-                                    to_device)
+from .engine import (LoopConfig, Routed, Tracking, jsonable, make_accelerator, out_of_memory,
+                                    stop_on_signal, to_device)
 from .memory import memory_now, peak_tensor_bytes
 from .optim import OptimConfig, lr_factor, make_optimizer, set_lr
 from .state import (TrainingState, cut_rows, optimizer_tensors, read_state, restore_optimizer,
@@ -55,6 +55,7 @@ class TrainRun:
         self.step, self.total_steps, self.seed = 0, loop.steps, loop.seed
         self.skipped, self.skipped_in_row, self.train_seconds, self.peak_bytes = 0, 0, 0.0, None
         self.skip_reason, self.stop_signal, self.stopping, self.resumed = None, None, False, None
+        self.remedy = lambda: "use a smaller --batch_size with more --gradient_accumulation_steps"   # out of memory
         if loop.eval_freq and evaluate is None: raise UserError("eval_freq is set but there is nothing to evaluate.")
 
     device = property(lambda self: self.accelerator.device)
@@ -370,7 +371,10 @@ def train(self: TrainRun) -> str:  # "done", or the name of the signal that stop
     with stop_on_signal(self), bar(total=self.total_steps, desc=self.out_dir.name) as progress:
         progress.update(self.step)
         while self.step < self.total_steps and not self.must_stop():
-            metrics = self.one_step(stream)
+            try: metrics = self.one_step(stream)
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e): raise
+                raise UserError(f"Step {self.step + 1} ran out of memory; {self.remedy()}.") from e
             self.step += 1
             self.record(metrics, progress)
             if self.loop.eval_freq and self.step % self.loop.eval_freq == 0: self.run_evaluation()

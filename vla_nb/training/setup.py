@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'open_dataset', 'statistics', 'short', 'propose', 'dataset_cameras', 'camera_hint', 'policy_config',
-           'changed_policy', 'with_widths', 'loaded_policy', 'rename', 'use_statistics', 'presets', 'settle_optimizer',
-           'sample_shape', 'transforms_of', 'make_policy', 'widths', 'open_replay', 'other_parts']
+           'changed_policy', 'with_widths', 'loaded_policy', 'rename', 'adapt', 'use_statistics', 'presets',
+           'settle_optimizer', 'sample_shape', 'transforms_of', 'make_policy', 'widths', 'open_replay', 'other_parts']
 
 # %% ../../nbs/training/640_setup.ipynb #741603d7
 import json
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 
 from ..core.config import apply_flags
 from ..core.files import read_json
 from ..core.stats import Stats
 from ..core.types import ACTION, OBS_STATE, UserError, features_from_dataset
 from ..datasets.lerobot import DatasetMetadata, select_episodes
-from ..policies.store import load_policy, policy_class
+from ..policies.adapters import add_adapter, has_adapter
+from ..policies.store import load_policy, policy_class, policy_folder
 from ..processors.augment import ImageTransforms
 from ..processors.pipeline import RenameStep
 from .config import DatasetFlags, TrainConfig
@@ -167,6 +169,7 @@ def loaded_policy(
     new = apply_flags(with_widths(policy.config, meta), flags, "policy.")
     if new != policy.config: policy = changed_policy(policy, new)
     if config.rename_map: rename(policy, config.rename_map)
+    if config.peft.method_type: adapt(policy, config)
     if config.dataset.stats == "dataset":
         modes = getattr(policy.config, "normalization_mapping", {})
         use_statistics(policy, statistics(meta, config.rename_map, modes, config.dataset.use_imagenet_stats))
@@ -181,6 +184,16 @@ def rename(
     steps = [s for s in policy.preprocessor.steps if isinstance(s, RenameStep)]
     if steps: steps[0].__init__(rename_map)
     else: policy.preprocessor.steps.insert(0, RenameStep(rename_map))
+
+def adapt(
+    policy,               # gets adapters
+    config: TrainConfig,  # peft, and the policy's path, which the adapter's file names
+):
+    "Train adapters instead of weights."
+    if has_adapter(policy): raise UserError("--peft: the policy has an adapter already, which goes on training without "
+                                            "--peft; merge it first for a new one (`vla-nb checkpoint merge`).")
+    path = config.policy["path"]
+    add_adapter(policy, config.peft, str(policy_folder(path).resolve()) if Path(path).exists() else path)
 
 def use_statistics(
     policy,        # its pipelines are changed
@@ -250,8 +263,8 @@ def make_policy(
     flags, policy, d = dict(config.policy), None, config.dataset
     if not flags.keys() & {"path", "type"}:
         raise UserError("vla-nb train needs --policy.type=TYPE (a new policy) or --policy.path=FOLDER (a saved one).")
-    if "path" not in flags and config.rename_map:
-        raise UserError("--rename_map belongs to a saved policy (--policy.path); a new one takes the dataset's names.")
+    for name, said in (("rename_map", config.rename_map), ("peft", config.peft.method_type)):
+        if said and "path" not in flags: raise UserError(f"--{name} belongs to a saved policy: give --policy.path.")
     if checkpoint: policy = load_policy(checkpoint, "cpu")
     elif "path" in flags: policy = loaded_policy(config, meta)
     else: cls = policy_class(flags.pop("type"))
