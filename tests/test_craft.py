@@ -17,12 +17,13 @@ from craft_ranks import (ROWS, LoopConfig, OptimConfig, TrainRun, make_cache, ro
 
 from vla_nb.core.files import read_jsonl
 from vla_nb.core.types import UserError
-from vla_nb.craft.anchors import (AnchorCache, anchor_indices, build_cache, check_cache, import_lineage_a,
+from vla_nb.craft.anchors import (AnchorCache, anchor_indices, build_cache, check_cache,
                                   measure_retention, resolve_layer)
 from vla_nb.craft.baselines import interpolate
 from vla_nb.craft.constraint import Controller, CraftConfig, craft_config, dual_step, epsilon_at, pilot_epsilon
 from vla_nb.craft.hook import CraftHook, diagnose
 from vla_nb.craft.losses import hidden_loss, pool, teacher_targets, token_ce, token_kl
+from vla_nb.craft.public_anchors import import_lineage_a
 from vla_nb.craft.projection import (Dots, adam_metrics, coefficient, correct_update_, gradient_dots, is_conflict,
                                      layer_cosines, merge_, merge_factors)
 from vla_nb.policies.fake import FakePolicy, fake_batch

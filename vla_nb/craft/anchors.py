@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHE_MODE', 'BUILD', 'CacheMissing', 'pack', 'as_read', 'fingerprint', 'resolve_layer', 'teacher_answers',
            'teacher_features', 'teacher_output', 'pad_cat', 'write_shard', 'build_cache', 'AnchorCache', 'check_policy',
-           'check_cache', 'permutation', 'anchor_indices', 'measure_retention', 'read_lineage_a', 'import_lineage_a']
+           'check_cache', 'permutation', 'anchor_indices', 'measure_retention']
 
 # %% ../../nbs/craft/530_anchors.ipynb #830d0187
 import bisect
@@ -26,7 +26,7 @@ from .constraint import CraftConfig, CraftError
 from .losses import DRAWN, pool, retention_terms, teacher_targets
 
 # %% ../../nbs/craft/530_anchors.ipynb #071c59e2
-CACHE_MODE = {"token_ce": "token", "token_kl": "token", "hidden": "hidden", "output": "output"}  # retention mode -> kind of cache
+CACHE_MODE = {"token_ce": "token", "token_kl": "token", "hidden": "hidden", "output": "output"}  # retention -> cache
 BUILD = "vla-nb anchors build --policy.path=POLICY --dataset.root=DATASET --mode={mode} --output={path}"
 
 
@@ -113,6 +113,7 @@ def teacher_features(
     if pooling == "every_token": out["target_mask"] = masks["valid"].cpu()
     return out
 
+# %% ../../nbs/craft/530_anchors.ipynb #755058e2
 @torch.no_grad()
 def teacher_output(
     policy,  # in eval mode
@@ -198,7 +199,7 @@ def _flush(work, state, parts):
     write_json(work / "partial.json", state)
     return []
 
-# %% ../../nbs/craft/530_anchors.ipynb #755058e2
+# %% ../../nbs/craft/530_anchors.ipynb #9ab9c6a6
 def _recipe(policy, mode, layer, pooling):
     "What decides the content of a cache, apart from its samples."
     if mode not in CACHE_MODE.values():
@@ -213,6 +214,7 @@ def _recipe(policy, mode, layer, pooling):
     return {**recipe, "layer": {"requested": layer, "index": index, "module": f"{policy.name}.hidden_states[{index}]"},
             "pooling": pooling}
 
+# %% ../../nbs/craft/530_anchors.ipynb #887aebfb
 def _partial(work, identity):
     "State of an interrupted build, or a fresh one."
     work.mkdir(parents=True, exist_ok=True)
@@ -441,66 +443,3 @@ def measure_retention(
                 acc[0], acc[1] = acc[0] + float(total), acc[1] + int(count)
     finally: policy.train(was)
     return {m: s / max(n, 1) for m, (s, n) in sums.items()}
-
-# %% ../../nbs/craft/530_anchors.ipynb #887aebfb
-def read_lineage_a(
-    source: Path,  # folder with shard_*.pt and metadata.json
-) -> tuple[dict, list[dict]]:  # metadata, shards as dictionaries of tensors
-    "Read the public anchor schema without running pickled code."
-    if not source.is_dir(): raise CacheMissing(f"AnchorCache directory not found: {source}")
-    meta, files = read_json(source / "metadata.json"), sorted(source.glob("shard_*.pt"))
-    if not files: raise CacheMissing(f"no shard_*.pt in {source}")
-    shards = []
-    for file in files:
-        try: shards.append(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as e:
-            raise CraftError(f"{file} is not a plain tensor file or is damaged ({type(e).__name__})") from e
-        if not isinstance(shards[-1], dict) or "input_ids" not in shards[-1] or "pixel_values" not in shards[-1]:
-            raise CraftError(f"{file} is not a stacked anchor shard: pixel_values and input_ids are missing")
-        if not {"labels", "target_features"} & shards[-1].keys():
-            raise CraftError(f"{file} holds neither labels nor target_features (multi-vector teacher_hidden caches are "
-                             "not supported); rebuild the anchors")
-    count, found = meta.get("num_anchors", meta.get("num_samples")), sum(len(s["input_ids"]) for s in shards)
-    if count != found: raise CraftError(f"{source}: metadata counts {count} anchors, the shards hold {found}")
-    return meta, shards
-
-# %% ../../nbs/craft/530_anchors.ipynb #875e6c6b
-def _ragged(rows):
-    "Right-padded ids and their mask."
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for i, r in enumerate(rows): ids[i, :len(r)], mask[i, :len(r)] = r, True
-    return ids, mask
-
-def _running(shards):
-    "Samples up to the end of each shard."
-    total = 0
-    return [total := total + len(s["input_ids"]) for s in shards]
-
-# %% ../../nbs/craft/530_anchors.ipynb #adf80d3e
-def import_lineage_a(
-    source: str | Path,  # folder with shard_*.pt and metadata.json
-    out: str | Path,  # folder to make
-    policy,  # the teacher; it must read exactly one camera
-) -> AnchorCache:  # the same anchors in our format
-    "Convert a cache of the public schema; state is absent there, so samples are marked as questions (no state)."
-    source = Path(source)
-    meta, shards = read_lineage_a(source)
-    mode = "token" if "labels" in shards[0] else "hidden"
-    if len(policy.cameras) != 1: raise CraftError(f"{source} holds one camera, {policy.name} reads {policy.cameras}")
-    def batches(start):
-        for s in shards[sum(start >= n for n in _running(shards)):]:
-            n, seen = len(s["input_ids"]), s["attention_mask"].bool()
-            made = s["labels"] != -100 if mode == "token" else torch.zeros_like(seen)
-            ids, mask = _ragged([row[m & ~g] for row, m, g in zip(s["input_ids"], seen, made)])
-            batch = {policy.cameras[0]: (s["pixel_values"].float() + 1) / 2, "observation.language.tokens": ids,
-                     "observation.language.attention_mask": mask, "is_question": torch.ones(n, dtype=torch.bool)}
-            for key, feature in policy.config.input_features.items():
-                if feature.type == "STATE": batch[key] = torch.zeros(n, *feature.shape)
-            if mode == "hidden": batch["given.features"] = s["target_features"]
-            else: batch["given.tokens"], batch["given.mask"] = _ragged([r[g] for r, g in zip(s["input_ids"], made)])
-            yield batch, [{"kind": "imported"}] * n
-    info = {"teacher": {"id": meta.get("teacher_policy_path", meta.get("policy"))}, "prompt_source": "imported",
-            "dataset": {"id": meta.get("dataset_repo_id", meta.get("dataset"))}, "imported": {"metadata": meta}}
-    layer, pooling = meta.get("hidden_layer", -2), meta.get("pooling", "mean_image_tokens")
-    return build_cache(out, batches, policy, mode, layer, pooling, shard_size=1, info=info)

@@ -350,6 +350,7 @@ def output(self: ActPolicy,
     pictures, state = self.observed(batch)
     return self.model(pictures, state, pictures[0].new_zeros(len(pictures[0]), self.config.latent_dim)).float(), {}
 
+# %% ../../nbs/policies/450_act.ipynb #dd6980a4
 @patch(as_prop=True)
 def num_hidden_states(self: ActPolicy) -> int: return len(self.model.encoder.layers) + 1
 @patch(as_prop=True)

@@ -119,6 +119,7 @@ def adopt(cls: Policy,
     read = values.get("input_features") or {}
     return {**values, "input_features": {k: v for k, v in read.items() if ".empty_camera_" not in k}}
 
+# %% ../../nbs/policies/410_store.ipynb #f3e7d513
 @patch(cls_method=True)
 def from_pretrained(cls: Policy,
     path,               # policy folder or run folder, or owner/name on the Hub
