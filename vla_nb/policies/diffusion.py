@@ -19,7 +19,7 @@ from ..core.types import ACTION, ACTION_PAD, OBS_STATE, UserError, require_keys
 from ..networks.ddpm import make_schedule
 from ..networks.flow import REDUCTIONS, fixed_draws, same_noise, squared_error_terms
 from ..networks.paligemma import resolve_layer
-from ..networks.resnet import RESNETS, WEIGHTS, ResNet, load_backbone, weights_file
+from ..networks.resnet import RESNETS, WEIGHTS, ResNet, laid_out, load_backbone, weights_file
 from ..networks.unet import ConditionalUnet
 from . import store  # gives every policy save_pretrained and from_pretrained
 from .base import Policy, PolicyConfig
@@ -166,7 +166,7 @@ class RgbEncoder(nn.Module):
         c = self.config
         if c.resize_shape: x = F.interpolate(x, tuple(c.resize_shape), mode="bilinear", antialias=True)
         if c.crop_shape: x = crop(x, tuple(c.crop_shape), self.training and c.crop_is_random)
-        return self.pool(self.backbone(x.contiguous(memory_format=torch.channels_last))).flatten(1)
+        return self.pool(self.backbone(laid_out(x))).flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.out(self.points(x)).relu()
 
