@@ -2648,6 +2648,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'vla_nb.networks.resnet.conv_norm': ('networks/resnet.html#conv_norm', 'vla_nb/networks/resnet.py'),
                                         'vla_nb.networks.resnet.fetch_weights': ( 'networks/resnet.html#fetch_weights',
                                                                                   'vla_nb/networks/resnet.py'),
+                                        'vla_nb.networks.resnet.laid_out': ('networks/resnet.html#laid_out', 'vla_nb/networks/resnet.py'),
                                         'vla_nb.networks.resnet.load_backbone': ( 'networks/resnet.html#load_backbone',
                                                                                   'vla_nb/networks/resnet.py'),
                                         'vla_nb.networks.resnet.shortcut': ('networks/resnet.html#shortcut', 'vla_nb/networks/resnet.py'),
