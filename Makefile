@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing packages into $(VENV) (some minutes the first time)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[hdf5,onnx,lora,tracking$(EXTRAS:%=,%)]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[hdf5,jax,onnx,lora,tracking$(EXTRAS:%=,%)]"
 	$(BIN)/python -m ipykernel install --sys-prefix --name vla_nb --display-name "Python (vla_nb)" >/dev/null
 	@tools/system_gl.sh
 	@touch $@
