@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pi0 import ATOL, EMBED, batch_of, close, golden  # noqa: E402
 from vla_nb.apps.cli import main
+from vla_nb.checkpoints.command import verify_checkpoint
 from vla_nb.checkpoints.lerobot import read_lerobot
 from vla_nb.checkpoints.openpi import import_openpi, open_checkpoint, torch_targets
 from vla_nb.core.types import OBS_STATE, UserError
 from vla_nb.networks.flow import time_embedding
 from vla_nb.policies.base import LANG_MASK, LANG_TOKENS
-from vla_nb.policies.pi0 import Pi05Config, make_network
+from vla_nb.policies.pi0 import Pi0Config, Pi0Policy, Pi05Config, Pi05Policy, make_network
 from vla_nb.policies.store import load_policy
 from vla_nb.processors.tokenize import write_word_tokenizer
 
@@ -253,3 +254,13 @@ def test_lerobot_folder_plans_like_openpi(name, level, tmp_path):
     assert set(left) == run.keys() and table.counts()["ignored"] == 1 and len(policy.cameras) == 3
     for policy in policy, load_policy(tmp_path / "folder"):
         close(policy.predict_action_chunk(batch_of(name), data["input"]["noise"]), data["output"]["sample.actions"])
+
+
+@pytest.mark.parametrize("kind,config", [(Pi0Policy, Pi0Config), (Pi05Policy, Pi05Config)])
+def test_small_policies_are_verified(kind, config, tmp_path):
+    "A folder of our own small policy, with a convolutional stem instead of a tower, passes the same door."
+    spread = {"mean": [0.0] * 4, "std": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4, "q01": [-1.0] * 4, "q99": [1.0] * 4}
+    stats = {OBS_STATE: spread, "action": spread}
+    kind.from_data(config.tiny(), ["open the drawer"], None, stats).save_pretrained(tmp_path / "p")
+    found = verify_checkpoint(tmp_path / "p")
+    assert all(f.ok for f in found) and len(found) == 4, found
