@@ -71,3 +71,19 @@ def test_refused(runs, tmp_path, capsys):
     for argv, says in (([*runs, f"--records={tmp_path}/r.json"], "is about 'c'; the runs are a, b"), ([*runs, f"--records={tmp_path}/x.json"],
                        "no record of robot trials"), ([runs[0], other], "make it with: vla-nb eval latency")):
         assert cli.main(["compare", *argv]) == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["act", "act_dinov2", "diffusion", "smolvla"])
+def test_flags_of_the_rivals_are_understood(name, tmp_path):
+    "E07's flags give a configuration of the policy with the dataset's features; both profiles name the same rivals."
+    from vla_nb.apps.rivals import RIVALS
+    from vla_nb.core.config import parse_flags
+    from vla_nb.datasets.fake import fake_dataset
+    from vla_nb.datasets.lerobot import DatasetMetadata
+    from vla_nb.policies.store import policy_class
+    from vla_nb.training.setup import policy_config
+    assert list(RIVALS["tiny"]) == list(RIVALS["full"])
+    flags = parse_flags(list(RIVALS["tiny"][name]))["policy"]
+    meta = DatasetMetadata(fake_dataset(tmp_path / "d", episodes=1, cameras=("corner", "top"), size=(96, 96)))
+    config = policy_config({k: v for k, v in flags.items() if k != "type"}, policy_class(flags["type"]), meta)
+    assert config.n_action_steps == 8 and len([f for f in config.input_features.values() if f.type == "VISUAL"]) == 2

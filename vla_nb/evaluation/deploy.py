@@ -138,7 +138,8 @@ def check_preprocessing(
     row: int,            # frame to compare
 ) -> dict:               # item
     "A camera's picture and the dataset's reach the network alike."
-    trained = policy.preprocessor(collate([ds[row]]))
+    sample, wanted = ds[row], (*policy.config.input_features, TASK)
+    trained = policy.preprocessor(collate([{k: sample[k] for k in wanted}]))
     seen = policy.prepare(policy.check_observation(as_seen(policy, ds[row])))
     def difference(k):
         a, b = trained[k].float(), seen[k].float()
