@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_train_user import CAMERA, LITTLE_ACT, box, rows, said, train  # noqa: F401
 from vla_nb.apps.cli import main
 from vla_nb.core.files import read_json, read_jsonl
+from vla_nb.datasets.fake import fake_dataset
 from vla_nb.policies.store import load_policy
 from vla_nb.training.memory import peak_tensor_bytes
 
@@ -157,6 +158,26 @@ def test_retention_of_act(box, mode, capsys):
         assert main(["anchors", "build", f"--policy.path={box / 'base'}", f"--dataset.root={box / 'koch'}", "--n=4", "--mode=output",
                      f"--output={box / 'no'}"]) == 2
         assert "has no other output" in said(capsys)
+
+
+FLOWS = {"smolvla": "--policy.preset=tiny --policy.allow_random_backbone=true", "pi0": "--policy.preset=tiny",
+         "diffusion": "--policy.down_dims=[16,32] --policy.pretrained_backbone_weights=none --policy.horizon=8 --policy.n_action_steps=4 "
+                      "--policy.drop_n_last_frames=4 --policy.diffusion_step_embed_dim=16 --policy.num_train_timesteps=10 --policy.use_group_norm=true"}
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_policies_that_draw_noise(box, kind):
+    "They train by command, and what they say about the same noisy actions is retained: nothing has drifted at step 0."
+    made, data = box / f"{kind}0", [f"--dataset.root={box / 'big'}", "--steps=2", "--memory_plan=false"]
+    if not (box / "big").exists(): fake_dataset(box / "big", episodes=2, frames=12, cameras=("laptop", "phone"), size=(64, 64))
+    assert train(box, made.name, f"--policy.type={kind}", *data, *FLOWS[kind].split()) == 0
+    assert main(["anchors", "build", f"--policy.path={made}", f"--dataset.root={box / 'big'}", "--n=6", "--mode=output",
+                 f"--output={box / kind}_out"]) == 0
+    assert train(box, f"{kind}_craft", f"--policy.path={made}", *data, "--lr=1e-3", "--policy.scheduler_warmup_steps=0", "--craft.enabled=true",
+                 "--craft.retention_mode=output", f"--craft.anchor_cache_dir={box / kind}_out", "--craft.anchor_batch_size=4",
+                 "--dataset.stats=checkpoint") == 0
+    found = [row["L_ret"] for row in rows(box / f"{kind}_craft")]
+    assert abs(found[0]) < 1e-3 < 1e3 * found[1]
 
 
 # ---------------------------------------------------------------- memory

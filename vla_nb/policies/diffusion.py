@@ -326,6 +326,22 @@ def reset(self: DiffusionPolicy):
     self.past.clear()
     Policy.reset(self)
 
+# %% ../../nbs/policies/455_diffusion.ipynb #305d50b0
+@patch
+def output(self: DiffusionPolicy,
+    batch: dict,   # pre-processed; actions are not read
+    drawn = None,  # what `output` gave before: the same noisy chunk; None: the plan under noise
+) -> tuple:        # (guess [B, horizon, A] with gradient, {"x": [B, horizon, A], "t": [B] steps of noise})
+    "What the network says about a noisy chunk, for retention."
+    c, net, (pictures, state) = self.config, self.diffusion, self.observed(batch)
+    seen = net.seen(pictures, state)
+    if drawn is None:
+        start = same_noise(len(state), (len(net.visits), c.horizon, self.action_dim), state.device).transpose(0, 1)
+        with torch.no_grad(): chunk = net.sample(seen, start)
+        with fixed_draws(True): noise, t = torch.randn(chunk.shape), torch.randint(c.num_train_timesteps, (len(chunk),))
+        drawn = {"x": net.schedule.add_noise(chunk, noise.to(chunk), t.to(chunk.device)), "t": t.to(chunk.device)}
+    return net.unet(drawn["x"], drawn["t"].long(), net.unet.tell(seen)).float(), drawn
+
 # %% ../../nbs/policies/455_diffusion.ipynb #279e240e
 @patch(as_prop=True)
 def num_hidden_states(self: DiffusionPolicy) -> int: return 2

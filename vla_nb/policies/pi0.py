@@ -422,6 +422,21 @@ def predict_action_chunk(self: Pi0Policy,
             return self.call(FlowNetwork.velocity, x, e[i:i + 1], state, scene, step)
         return integrate(velocity, noise, c.num_inference_steps)[..., :self.action_dim]
 
+# %% ../../nbs/policies/440_pi0.ipynb #690a6c94
+@patch
+def output(self: Pi0Policy,
+    batch: dict,   # pre-processed; actions are not read
+    drawn = None,  # what `output` gave before: the same noise, time and plan; None: drawn and planned now
+) -> tuple:        # (velocity [B, H, A] with gradient, what was drawn: plan, noise [B, H, max_action_dim], time [B])
+    "What the network says about its own plan under noise, for retention."
+    if drawn is None:
+        chunk = self.predict_action_chunk(batch)
+        shape = (*chunk.shape[:2], self.config.max_action_dim)
+        with fixed_draws(True): noise, time = torch.randn(shape), sample_time(len(chunk))
+        drawn = {"chunk": chunk, "noise": noise.to(chunk), "time": time.to(chunk)}
+    v, _ = self.velocities({**batch, ACTION: drawn["chunk"]}, drawn["noise"], drawn["time"])
+    return v[..., :self.action_dim].float(), drawn
+
 # %% ../../nbs/policies/440_pi0.ipynb #b4a9bb42
 @patch(as_prop=True)
 def num_hidden_states(self: Pi0Policy) -> int:

@@ -358,6 +358,19 @@ def loss_terms(self: SmolVLAPolicy,
     total, count = squared_error_terms(v, u, batch.get(ACTION_PAD), c.loss_reduction)
     return total, count, {"loss_flow": (total / count.clamp(min=1)).detach()}
 
+# %% ../../nbs/policies/460_smolvla.ipynb #70de2f7c
+@patch
+def output(self: SmolVLAPolicy,
+    batch: dict,   # pre-processed; actions are not read
+    drawn = None,  # what `output` gave before: a point of the line; None: one between noise and the plan
+) -> tuple:        # (velocity [B, T, A] with gradient, {"x": [B, T, max_action_dim], "time": [B]})
+    "What the network says about noisy actions, for retention."
+    if drawn is None:
+        chunk = F.pad(self.predict_action_chunk(batch), (0, self.config.max_action_dim - self.action_dim))
+        with fixed_draws(True): noise, time = torch.randn(chunk.shape).to(chunk), sample_time(len(chunk)).to(chunk)
+        drawn = {"x": flow_pair(chunk, noise, time)[0], "time": time}
+    return self.model.velocity(drawn["x"], drawn["time"], *self.memory(batch))[..., :self.action_dim].float(), drawn
+
 # %% ../../nbs/policies/460_smolvla.ipynb #2e92c6fd
 @patch
 def predict_action_chunk(self: SmolVLAPolicy,
