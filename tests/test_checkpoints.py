@@ -275,3 +275,38 @@ def test_verify_names_what_is_wrong(tmp_path):
     state = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
     assert "action lacks mean" in says(lambda q: save_file({"action.std": torch.ones(4)}, q / state))
     assert "dimensions" in says(lambda q: save_file({"action.mean": torch.ones(7)}, q / state))
+
+
+def test_pi0_under_the_names_of_lerobot(tmp_path):
+    "The tower without its level `vision_model.`, the table under the name of the tied head, a head nobody uses, an empty camera."
+    from vla_nb.policies.pi0 import Pi0Config, Pi0Policy
+    from vla_nb.processors.tokenize import write_word_tokenizer
+    write_word_tokenizer(["open it now"], tmp_path / "tokenizer")
+    features = {CAMERAS[0]: Feature("VISUAL", (3, 48, 64)), "observation.state": Feature("STATE", (5,)), "action": Feature("ACTION", (4,))}
+    config = Pi0Config.published(features, chunk_size=4, n_action_steps=4, vocab_size=40, paligemma_variant="32,2,64,4,1,8",
+                                 action_expert_variant="16,2,32,4,1,8", vision_variant="24,2,4,32,14", image_resolution=(28, 28),
+                                 tokenizer_name=str(tmp_path / "tokenizer"))
+    torch.manual_seed(0)
+    policy = Pi0Policy(config, *Pi0Policy.pipelines(config, stats())).eval()
+    policy.save_pretrained(tmp_path / "p")
+
+    def change(state):
+        trunk = "model.paligemma_with_expert."
+        state[f"{trunk}paligemma.lm_head.weight"] = state.pop(f"{trunk}paligemma.model.language_model.embed_tokens.weight")
+        state[f"{trunk}gemma_expert.lm_head.weight"] = torch.zeros(40, 16)
+        return {k.replace("vision_tower.vision_model.", "vision_tower.").removeprefix("model."): v for k, v in state.items()}
+    change_weights(tmp_path / "p", change)
+    read = {**load_json(tmp_path / "p/config.json")["input_features"], "observation.images.empty_camera_0": {"type": "VISUAL", "shape": [3, 28, 28]}}
+    change_config(tmp_path / "p", empty_cameras=1, rtc_config=None, push_to_hub=True, use_peft=False, input_features=read)
+    again, table, left = read_lerobot(tmp_path / "p")
+    assert table.counts()["ignored"] == 1 and {"empty_cameras", "rtc_config"} <= left.keys() and again.cameras == [CAMERAS[0]]
+    batch = {k: v for k, v in batch_of(build("act")).items() if k != CAMERAS[1]}
+    assert torch.equal(again.plan(batch), policy.plan(batch))
+    with pytest.raises(UserError, match="vision_variant=.*LeRobot cannot run"):
+        policy.save_pretrained(tmp_path / "q"); export_lerobot(tmp_path / "q", tmp_path / "x")
+
+
+def test_pi0_fast_of_lerobot_is_refused_by_name(golden, tmp_path):
+    "LeRobot's pi0_fast writes other prompts and suffixes than ours; it is not read as if it were ours."
+    change_config(golden, type="pi0_fast", paligemma_variant="gemma_2b")
+    with pytest.raises(UserError, match="a pi0_fast policy of LeRobot.*not imported"): import_lerobot(golden, tmp_path / "no")
