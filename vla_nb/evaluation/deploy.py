@@ -173,7 +173,8 @@ def check_normalization(
         for n in (n for n in saved[key] if n in meta.stats[key]):
             off = (np.abs(saved[key][n] - np.asarray(meta.stats[key][n])) / spread).max()
             if off >= worst: worst, where = float(off), f"{key} {n}"
-    return item(what, worst <= 0.05, f"largest distance from the dataset's statistics: {worst:.2g} standard "
+    # a policy that was trained on some of the tasks has slightly other statistics; another robot's are far off
+    return item(what, worst <= 0.25, f"largest distance from the dataset's statistics: {worst:.2g} standard "
                 f"deviations ({where})")
 
 # %% ../../nbs/evaluation/697_deploy.ipynb #60e2306f
