@@ -23,6 +23,7 @@ class StorageTracker(TorchDispatchMode):
     def add(self, tensor: torch.Tensor):
         "Count this tensor's storage unless it is counted already."
         storage = tensor.untyped_storage()
+        if storage.device.type != "cpu": return   # tensors of an export that only have shapes
         key, size = storage._cdata, storage.nbytes()
         if key in self.seen: return
         self.seen[key] = weakref.ref(storage, lambda _: self.drop(key, size))
