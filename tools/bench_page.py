@@ -14,8 +14,8 @@ PAGES = {"data": ("Data benchmarks", {"data_loader": "Random access", "rlds_step
 
 
 def number(x) -> str:
-    "Three significant digits; thousands with a space."
-    if not isinstance(x, (int, float)): return str(x)
+    "Three significant digits; thousands with a space; words as they are."
+    if not isinstance(x, (int, float)): return str(x).replace("|", "\\|")
     return f"{x:,.0f}".replace(",", " ") if abs(x) >= 100 else f"{x:.3g}"
 
 

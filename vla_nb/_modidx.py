@@ -2280,6 +2280,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'vla_nb/evaluation/deploy.py'),
                                           'vla_nb.evaluation.deploy.saved_stats': ( 'evaluation/deploy.html#saved_stats',
                                                                                     'vla_nb/evaluation/deploy.py'),
+                                          'vla_nb.evaluation.deploy.used_stats': ( 'evaluation/deploy.html#used_stats',
+                                                                                   'vla_nb/evaluation/deploy.py'),
                                           'vla_nb.evaluation.deploy.with_data': ( 'evaluation/deploy.html#with_data',
                                                                                   'vla_nb/evaluation/deploy.py')},
             'vla_nb.evaluation.latency': { 'vla_nb.evaluation.latency.LatencyOptions': ( 'evaluation/latency.html#latencyoptions',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDS_DATA', 'item', 'line', 'check_latency', 'names_of', 'check_finite', 'check_range', 'check_steps',
-           'check_limits', 'check_features', 'check_preprocessing', 'saved_stats', 'check_normalization', 'broken',
-           'check_exceptions', 'check_reset', 'dry_run', 'check_logging', 'DeployOptions', 'with_data', 'checklist',
-           'main']
+           'check_limits', 'check_features', 'check_preprocessing', 'saved_stats', 'used_stats', 'check_normalization',
+           'broken', 'check_exceptions', 'check_reset', 'dry_run', 'check_logging', 'DeployOptions', 'with_data',
+           'checklist', 'main']
 
 # %% ../../nbs/evaluation/697_deploy.ipynb #cd0b7167
 import json
@@ -25,6 +25,7 @@ from ..datasets.lerobot import DatasetMetadata, LeRobotDataset
 from ..datasets.loader import collate
 from .latency import LatencyOptions, as_seen, measure, shown
 from ..policies.probe import policy_word
+from ..processors.normalize import MODES
 from ..policies.store import load_policy
 
 # %% ../../nbs/evaluation/697_deploy.ipynb #9b774e75
@@ -157,6 +158,11 @@ def saved_stats(policy) -> dict:
     return {k: {n: v.cpu().double().numpy().reshape(-1) for n, v in s.items()}
             for step in steps for k, s in getattr(step, "stats", {}).items()}
 
+def used_stats(policy) -> dict:
+    "Which statistics the pipelines compute with: feature → names."
+    steps = [s for s in (*policy.preprocessor.steps, *policy.postprocessor.steps) if hasattr(s, "norm_map")]
+    return {k: MODES[step.norm_map.get(f.type, "IDENTITY")] for step in steps for k, f in step.features.items()}
+
 def check_normalization(
     policy,   # any
     meta,     # DatasetMetadata, or None
@@ -168,9 +174,10 @@ def check_normalization(
     if flat: return item(what, False, f"not finite: {', '.join(flat)}")
     if meta is None: return item(what, None, f"statistics of {', '.join(saved)} are finite; give --dataset to compare")
     worst, where = 0.0, ""
-    for key in (k for k in (OBS_STATE, ACTION) if k in saved and k in meta.stats):
+    for key, names in used_stats(policy).items():
+        if key not in (OBS_STATE, ACTION) or key not in meta.stats: continue
         spread = np.maximum(np.asarray(meta.stats[key]["std"]), 1e-8)
-        for n in (n for n in saved[key] if n in meta.stats[key]):
+        for n in (n for n in names if n in saved[key] and n in meta.stats[key]):
             off = (np.abs(saved[key][n] - np.asarray(meta.stats[key][n])) / spread).max()
             if off >= worst: worst, where = float(off), f"{key} {n}"
     # a policy that was trained on some of the tasks has slightly other statistics; another robot's are far off
