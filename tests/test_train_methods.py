@@ -204,11 +204,11 @@ def test_a_run_that_cannot_fit_is_refused_with_flags_that_do(box, monkeypatch, c
     words = ["--policy.type=pi0_fast", "--policy.preset=tiny", "--policy.image_size=32", f"--dataset.root={box / 'koch'}", "--steps=1"]
     monkeypatch.setattr(command, "free_bytes", lambda device: 22 << 20)
     capsys.readouterr()
-    assert main(["train", f"--output_dir={box / "too_big"}", "--batch_size=64", *words]) == 2
+    assert main(["train", f"--output_dir={box / 'too_big'}", "--batch_size=64", *words]) == 2
     line = said(capsys)
     assert "needs about" in line and "and fits. --memory_plan=false tries anyway" in line and not (box / "too_big").exists()
     flags = [w for w in line.split() if w.startswith(("--batch_size", "--gradient", "--mixed"))]
-    assert main(["train", f"--output_dir={box / "too_big"}", *words, *flags]) == 0
+    assert main(["train", f"--output_dir={box / 'too_big'}", *words, *flags]) == 0
     monkeypatch.setattr(command, "free_bytes", lambda device: 1000)
     assert main(["train", f"--output_dir={box / 'huge'}", "--batch_size=2", *words]) == 2
     assert "there remain --peft.method_type=LORA" in said(capsys)
