@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Finding', 'check_files', 'check_statistics', 'constant_dimensions', 'check_acting', 'verify_checkpoint',
-           'split_words', 'show_table', 'ImportOptions', 'ExportOptions', 'take_openpi', 'main_import', 'main_export',
-           'main_verify']
+           'words_and_flags', 'show_table', 'ImportOptions', 'ExportOptions', 'take_openpi', 'main_import',
+           'main_export', 'main_verify']
 
 # %% ../../nbs/checkpoints/580_command.ipynb #55951c51
 from collections import Counter
@@ -17,7 +17,7 @@ import torch
 
 from .lerobot import VERSIONS, export_lerobot, import_lerobot, read_lerobot, shapes_of
 from .openpi import CAMERAS, import_openpi, is_openpi
-from ..core.config import apply_flags, parse_flags
+from ..core.config import apply_flags, parse_flags, split_words
 from ..core.files import read_json
 from ..core.types import OBS_STATE, TASK, UserError
 from ..policies.store import CONFIG, WEIGHTS, policy_folder
@@ -108,11 +108,11 @@ def verify_checkpoint(
     return found
 
 # %% ../../nbs/checkpoints/580_command.ipynb #3b54a72f
-def split_words(argv: list, command: str, count: int, usage: str) -> tuple:
+def words_and_flags(argv: list, command: str, count: int, usage: str) -> tuple:
     "Positional words and flags of a command line."
-    words = [w for w in argv if not w.startswith("--")]
+    words, flags = split_words(argv, {"state_in_prompt"})   # the only switch of these commands
     if len(words) != count: raise UserError(f"vla-nb checkpoint {command} takes {usage}.")
-    return words, parse_flags([w for w in argv if w.startswith("--")])
+    return words, parse_flags(flags)
 
 def show_table(table, left: dict):
     "Print counts of a load table, its rows that were not simply loaded, and the fields that were left out."
@@ -160,7 +160,7 @@ def main_import(
 ) -> int:             # exit status
     "`vla-nb checkpoint import SOURCE FOLDER`."
     usage = "a checkpoint of LeRobot (folder or owner/name) or of openpi (folder), and a folder to write"
-    (source, target), flags = split_words(argv, "import", 2, usage)
+    (source, target), flags = words_and_flags(argv, "import", 2, usage)
     fields = flags.pop("policy", {})
     o = apply_flags(ImportOptions(), flags)
     if is_openpi(source): show_table(take_openpi(source, target, fields, o), {})
@@ -173,7 +173,7 @@ def main_export(
     argv: list[str],  # words after `vla-nb checkpoint export`
 ) -> int:             # exit status
     "`vla-nb checkpoint export RUN FOLDER`."
-    (source, target), flags = split_words(argv, "export", 2, "a policy folder or run and a folder to write")
+    (source, target), flags = words_and_flags(argv, "export", 2, "a policy folder or run and a folder to write")
     o = apply_flags(ExportOptions(), flags)
     for note in export_lerobot(source, target, o.to): print(note)
     print(f"{source} written to {target} for LeRobot {o.to}.")
@@ -183,7 +183,7 @@ def main_verify(
     argv: list[str],  # words after `vla-nb checkpoint verify`
 ) -> int:             # 0 when everything is as it should be
     "`vla-nb checkpoint verify FOLDER`."
-    (path,), flags = split_words(argv, "verify", 1, "one policy folder, run, or owner/name")
+    (path,), flags = words_and_flags(argv, "verify", 1, "one policy folder, run, or owner/name")
     if flags: raise UserError(f"vla-nb checkpoint verify has no option --{next(iter(flags))}.")
     found = verify_checkpoint(path)
     for f in found: print("ok " if f.ok else "BAD", f.text)
