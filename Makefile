@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test headline bench-data bench-policies equality parity readme notebooks lab clean
+.PHONY: help install demo test headline peers bench-data bench-policies equality parity readme notebooks lab clean
 
 VENV := .venv
 DRAWING := (6[78]0|7[56]0|8[012]0)_
@@ -20,14 +20,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 EXTRAS ?=
-LEROBOT ?=
-TFDS ?=
+LEROBOT ?= .venv-lerobot/bin/python
+TFDS ?= .venv-tfds/bin/python
 PYTHON ?= $(shell tools/find_python.sh)
 export OMP_NUM_THREADS ?= 1
 
 help:
 	@awk '/^#/ {sub(/^# ?/, ""); print; next} {exit}' Makefile
-	@echo; echo "Others: headline (three seeds, hours), bench-data (half an hour), bench-policies (a quarter), equality, parity, readme, notebooks, lab, clean"
+	@echo; echo "Others: headline (three seeds, hours), peers (environments of LeRobot and tfds, for the benchmarks), bench-data, bench-policies, equality, parity, readme, notebooks, lab, clean"
 
 install: $(STAMP)
 
@@ -48,17 +48,20 @@ demo: install
 headline: install
 	@$(BIN)/vla-nb experiment run headline
 
-# Peers run in environments of their own: LEROBOT=... a python with LeRobot 0.4, TFDS=... one with tensorflow-datasets.
+# Peers run in environments of their own, made by `make peers`; LEROBOT=... and TFDS=... name the python of others.
+peers:
+	@tools/peers.sh $(PYTHON) $(TORCH_INDEX)
+
 bench-data: install
-	@[ -n "$(LEROBOT)" ] || { echo "Give a python with LeRobot 0.4, e.g. make bench-data LEROBOT=.venv-lerobot/bin/python" >&2; exit 1; }
+	@for p in $(LEROBOT) $(TFDS); do [ -x $$p ] || { echo "$$p is missing: run make peers." >&2; exit 1; }; done
 	-$(BIN)/python benchmarks/data_loader.py --lerobot=$(LEROBOT)
 	-$(BIN)/python benchmarks/data_convert.py --lerobot=$(LEROBOT)
 	-$(BIN)/python benchmarks/data_scale.py
-	$(if $(TFDS),-$(BIN)/python benchmarks/rlds_steps.py --tfds=$(TFDS))
+	-$(BIN)/python benchmarks/rlds_steps.py --tfds=$(TFDS)
 	@$(BIN)/python tools/bench_page.py && echo "reports/benchmarks/data.md written"
 
 bench-policies: install
-	@[ -n "$(LEROBOT)" ] || { echo "Give a python with LeRobot 0.4, e.g. make bench-policies LEROBOT=.venv-lerobot/bin/python" >&2; exit 1; }
+	@[ -x $(LEROBOT) ] || { echo "$(LEROBOT) is missing: run make peers." >&2; exit 1; }
 	-$(BIN)/python benchmarks/policies.py --lerobot=$(LEROBOT)
 	@$(BIN)/python tools/bench_page.py && echo "reports/benchmarks/policies.md written"
 

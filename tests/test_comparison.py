@@ -87,3 +87,22 @@ def test_flags_of_the_rivals_are_understood(name, tmp_path):
     meta = DatasetMetadata(fake_dataset(tmp_path / "d", episodes=1, cameras=("corner", "top"), size=(96, 96)))
     config = policy_config({k: v for k, v in flags.items() if k != "type"}, policy_class(flags["type"]), meta)
     assert config.n_action_steps == 8 and len([f for f in config.input_features.values() if f.type == "VISUAL"]) == 2
+
+
+@pytest.mark.parametrize("profile", ["tiny", "full"])
+def test_commands_of_the_methods_are_understood(profile):
+    "E08: every training's flags make a configuration; every file that a command reads is made by an earlier one."
+    from vla_nb.apps.methods import GRIDS, grid_steps
+    from vla_nb.core.config import parse_flags
+    from vla_nb.training.config import read_config
+    steps, made = grid_steps(profile, "outputs/x/run"), set()
+    assert len({s.makes for s in steps}) == len(steps) == 1 + len(GRIDS[profile].policies) * len(GRIDS[profile].seeds) * 21
+    for s in steps:
+        if s.argv[0] == "train":
+            config, _ = read_config([w for w in s.argv[1:] if not w.startswith("--policy.path")])
+            assert config.optimizer.schedule == "cosine" and config.optimizer.decay_steps == config.steps
+        flags = parse_flags([w for w in s.argv if w.startswith("--")])
+        for path in (flags.get("policy", {}).get("path"), flags.get("replay", {}).get("anchors"), flags.get("craft", {}).get("anchor_cache_dir"),
+                     flags.get("craft", {}).get("pilot"), flags.get("anchors")):
+            assert path is None or any(m == path or m.startswith(path + "/") for m in made), (s.line, path)
+        made.add(s.makes)

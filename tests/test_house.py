@@ -318,8 +318,9 @@ def test_ignored_and_committed_reports():
     if not (ROOT / ".git").exists(): pytest.skip("not a git checkout")
     assert not any(map(ignored, ("reports/LOG.md", "reports/PARITY.md", "reports/headline/index.html",
                                  "reports/headline/summary.json", "reports/headline/seeds.json", "reports/benchmarks/craft_step.json",
-                                 "reports/datasets/metaworld_demo.html")))
-    assert all(map(ignored, ("reports/demo/index.html", "reports/E01/run.html", "reports/headline/seed0.html", "reports/datasets/x.html", "outputs/x", "data/x")))
+                                 "reports/datasets/metaworld_demo.html", "reports/E07_policies/tiny.html", "reports/E07_policies/tiny.json",
+                                 "reports/E08_methods/tiny.html", "reports/E08_methods/tiny.json")))
+    assert all(map(ignored, ("reports/demo/index.html", "reports/E01/run.html", "reports/E08_methods/mine.html", "reports/headline/seed0.html", "reports/datasets/x.html", "outputs/x", "data/x")))
 
 
 def test_second_install_does_nothing():

@@ -134,6 +134,20 @@ def test_penalties_hold_the_weights_back_and_resume(box):
     assert rows(box / "l2sp")[0]["penalty"] == 0 < rows(box / "l2sp")[1]["penalty"]
 
 
+def test_weights_between_two_policies(box, capsys):
+    "`checkpoint interpolate`: a policy that loads, its weights half way; a wrong share and a missing folder are one sentence."
+    other = f"--policy.path={box / 'base'}"
+    if not (box / "tuned").exists(): assert train(box, "tuned", other, f"--dataset.root={box / 'koch'}", "--steps=1", "--lr=0.01") == 0
+    words = ["checkpoint", "interpolate", str(box / "base"), str(box / "tuned")]
+    assert main([*words, "--alpha=0.25", f"--output={box / 'between'}"]) == 0
+    a, b, c = (load_policy(box / n).state_dict() for n in ("base", "tuned", "between"))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+    for k in a: torch.testing.assert_close(c[k], 0.75 * a[k] + 0.25 * b[k] if a[k].is_floating_point() else b[k])
+    capsys.readouterr()
+    assert main([*words, "--alpha=1.5", f"--output={box / 'no'}"]) == 2 and "between 0 and 1" in said(capsys)
+    assert main(words) == 2 and "--output is missing" in said(capsys) and not (box / "no").exists()
+
+
 # ---------------------------------------------------------------- retention without a language head
 
 @pytest.mark.parametrize("mode", ["hidden", "output"])

@@ -282,13 +282,9 @@ def pilot(self: Study) -> None:
 @patch
 def wise(self: Study, alpha: float) -> None:
     "WiSE-FT: a policy whose weights are alpha of SFT's and 1 - alpha of θ0's."
-    from vla_nb.policies.store import load_policy
-    from vla_nb.craft.baselines import interpolate
-    policy, tuned = load_policy(self.root/"theta0"), load_policy(self.root/"sft")
-    t = time.time()
-    policy.load_state_dict(interpolate(policy.state_dict(), tuned.state_dict(), alpha))
-    out = self.root/f"wise_{alpha}"
-    policy.save_pretrained(out/"checkpoints"/"last"/"pretrained_model")
+    from vla_nb.craft.baselines import interpolate_policies
+    t, out = time.time(), self.root/f"wise_{alpha}"
+    interpolate_policies(self.root/"theta0", self.root/"sft", alpha, out/"checkpoints"/"last"/"pretrained_model")
     sft = read_json(self.root/"sft"/"summary.json")
     write_json(out/"summary.json", dict(sft, train_seconds=sft["train_seconds"] + time.time() - t, hooks={}))
 

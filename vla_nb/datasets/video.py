@@ -12,9 +12,7 @@ import threading
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from fastcore.basics import patch
 from ..core.types import UserError
 
@@ -39,11 +37,12 @@ class VideoWriter:
             raise UserError(f"video codec {vcodec!r} is unknown; choose one of {', '.join(CODECS)}")
         if shape[0] % 2 or shape[1] % 2:
             raise UserError(f"video needs even sides, got {shape[0]}x{shape[1]}; crop them or use dtype 'image'")
+        import av   # where it is needed: linking libav takes longer than the rest of this package's import
         encoder, quality, options = CODECS[vcodec]
         if vcodec == "av1": os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its banner otherwise
         options = options | {"g": str(g), "crf": str(quality if crf is None else crf)}
         self.path, self.shape, self.count = Path(path), (*shape[:2], 3), 0
-        self._time_base, self._reformat = Fraction(1, fps), VideoReformatter()
+        self._time_base, self._reformat = Fraction(1, fps), av.video.reformatter.VideoReformatter()
         self._file = av.open(str(path), "w", format="mp4")
         self._stream = self._file.add_stream(encoder, rate=fps, options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = *shape[:2], "yuv420p"
@@ -52,6 +51,7 @@ class VideoWriter:
 @patch
 def add(self: VideoWriter, image):
     "Encode one picture: uint8 [H, W, 3]."
+    import av
     if image.dtype != np.uint8 or image.shape != self.shape:
         raise UserError(f"{self.path.name} takes uint8 {self.shape} pictures, got {image.dtype} {image.shape}")
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -64,6 +64,7 @@ def add(self: VideoWriter, image):
 @patch
 def close(self: VideoWriter):
     "Flush the encoder and complete the file."
+    import av
     try:
         self._file.mux(self._stream.encode(None))
         self._file.close()
@@ -119,6 +120,7 @@ class VideoReader:
         path,  # video file
         depth: bool = False,  # a grey video of 10 to 16 bits: its numbers, not colours
     ):
+        import av
         self.path, self.depth = Path(path), depth
         if not self.path.is_file(): raise UserError(f"video file {path} does not exist")
         try:
@@ -134,7 +136,8 @@ class VideoReader:
         self._places = frame_places(self._stream, len(self._ticks))
         self._skip = 8 if self._places is None else 0   # frames that are cheaper to decode through than to jump over
         self._bytes = open(path, "rb", buffering=0)
-        self._convert, self._shown, self._late, self._frames = VideoReformatter(), -1, False, None
+        self._convert, self._shown = av.video.reformatter.VideoReformatter(), -1
+        self._late, self._frames = False, None
         self.height, self.width = self._stream.height, self._stream.width
 
     def __len__(self): return len(self._ticks)
@@ -143,6 +146,7 @@ class VideoReader:
 @patch
 def _packets(self: VideoReader, k):
     "Encoded frames from key frame number k on."
+    import av
     if self._places is None:
         self._file.seek(int(self._seek[k]), stream=self._stream)
         yield from self._file.demux(self._stream)
@@ -207,6 +211,7 @@ def frames(self: VideoReader,
     if out.shape[1:3] != (self.height, self.width):
         raise UserError(f"{self.path} has {self.height}x{self.width} pictures, {out.shape[1:3]} were expected")
     places, last = np.arange(len(wanted)) if places is None else np.asarray(places), None
+    import av
     try:
         for k in np.argsort(wanted, kind="stable").tolist():
             if last is not None and wanted[k] == wanted[last]: out[places[k]] = out[places[last]]
@@ -251,6 +256,7 @@ def video_info(
     path,  # video file
 ) -> dict:  # LeRobot's `info` of a video feature
     "Codec, size and rate of a video file."
+    import av
     with av.open(str(path)) as file:
         s = file.streams.video[0]
         return {"video.height": s.height, "video.width": s.width, "video.codec": s.codec.canonical_name,

@@ -133,11 +133,12 @@ def heldout_losses(
     old=(),                  # tasks the policy should keep
     new=(),                  # tasks it should learn
     actions: bool = True,    # also compare action chunks (decoding is the slow part)
+    tasks: str = "",         # only these instructions, comma-separated
 ) -> dict:                   # content of offline.json
     "Loss per task and action error on held-out episodes; the same call gives the same numbers."
     meta = DatasetMetadata(dataset)
     window = windows(policy.config, meta.fps)
-    ds = LeRobotDataset(dataset, episodes=select_episodes(meta, episodes or split), delta_timestamps=window)
+    ds = LeRobotDataset(dataset, episodes=select_episodes(meta, episodes or split, tasks or None), delta_timestamps=window)
     rows, tallies, now = frames_by_task(ds, stride), {}, window[ACTION].index(0)
     names = name_tasks(rows, (*old, *new))
     policy.eval()
@@ -172,6 +173,7 @@ class DatasetPaths:
     "Which demonstrations."
     root: str = ""      # dataset folder
     repo_id: str = ""   # or owner/name
+    tasks: str = ""     # only these instructions, comma-separated
 
 @dataclass(frozen=True)
 class OfflineOptions:
@@ -198,9 +200,10 @@ def main(
     path, data = o.policy.path or o.checkpoint_path, o.dataset.root or o.dataset.repo_id
     if not path: raise UserError("Which policy? Give --policy.path=<policy or run folder>.")
     if not data: raise UserError("Which demonstrations? Give --dataset.root=<folder>.")
-    select_episodes(DatasetMetadata(data), o.episodes or o.split)     # before a model is loaded
+    select_episodes(DatasetMetadata(data), o.episodes or o.split, o.dataset.tasks or None)     # before a model is loaded
     policy = load_policy(path, device=o.device)
-    out = heldout_losses(policy, data, o.split, o.episodes, o.stride, o.batch_size, o.old, o.new, o.actions)
+    out = heldout_losses(policy, data, o.split, o.episodes, o.stride, o.batch_size, o.old, o.new, o.actions,
+                         o.dataset.tasks)
     for name, row in [*out["per_task"].items(), ("all", out["all"])]:
         errors = f", action MSE {row['mse']:.4g} ± {row['mse_std']:.2g} over {row['n']} frames" if "mse" in row else ""
         print(f"{name}: loss {row['loss']:.4f}{errors}")

@@ -33,7 +33,8 @@ class Dinov2Layer(nn.Module):
         return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 # %% ../../nbs/networks/318_dinov2.ipynb #971f50c9
-SIZES = {"dinov2_vits14": (384, 12, 6), "dinov2_vitb14": (768, 12, 12), "dinov2_vitl14": (1024, 24, 16)}
+SIZES = {"dinov2_vits14": (384, 12, 6), "dinov2_vitb14": (768, 12, 12), "dinov2_vitl14": (1024, 24, 16),
+         "dinov2_tiny14": (96, 4, 3)}   # width, layers, heads; the last is not published: to be trained from scratch
 
 # %% ../../nbs/networks/318_dinov2.ipynb #778c99d2
 class Dinov2(nn.Module):

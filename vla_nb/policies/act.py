@@ -21,6 +21,7 @@ from ..core.types import ACTION, ACTION_PAD, OBS_STATE, UserError, require_keys
 from ..networks.dinov2 import REPOS, SIZES, Dinov2, load_dinov2
 from ..networks.paligemma import resolve_layer
 from ..networks.resnet import RESNETS, WEIGHTS, ResNet, load_backbone, weights_file
+from ..networks.vision import ConvMap
 from . import store  # gives every policy save_pretrained and from_pretrained
 from .base import Policy, PolicyConfig
 from .queue import ActionQueue, TemporalEnsemble
@@ -39,10 +40,11 @@ class ActConfig(PolicyConfig):
     n_action_steps: int = 100               # actions executed before the next plan
     n_obs_steps: int = 1                    # observations that are read: the present one only
     normalization_mapping: dict[str, str] = field(default_factory=mean_std)  # kind → mode
-    vision_backbone: str = "resnet18"       # a key of `RESNETS`, or of DINOv2's `SIZES`
+    vision_backbone: str = "resnet18"       # a key of `RESNETS` or of DINOv2's `SIZES`, or "conv": `ConvMap`
     pretrained_backbone_weights: str | None = "ResNet18_Weights.IMAGENET1K_V1"  # or DINOv2's on the Hub; None: random
     freeze_backbone: bool = False           # do not train it
     replace_final_stride_with_dilation: bool = False  # finer feature map, resnet50 only
+    resize_shape: tuple[int, int] | None = None  # pictures are resized to (height, width) first, in pixels
     pre_norm: bool = False                  # norms before attention and MLP instead of after
     dim_model: int = 512                    # width of a token
     n_heads: int = 8                        # attention heads
@@ -66,8 +68,9 @@ class ActConfig(PolicyConfig):
 def __post_init__(self: ActConfig):
     PolicyConfig.__post_init__(self)
     choices = {"feedforward_activation": ("relu", "gelu"), "loss_reduction": ("valid", "all"), "n_obs_steps": (1,),
-               "vision_backbone": (*RESNETS, *SIZES)}
-    if self.vision_backbone in RESNETS: choices["pretrained_backbone_weights"] = (None, *WEIGHTS)
+               "vision_backbone": (*RESNETS, *SIZES, "conv")}
+    if self.vision_backbone not in SIZES:
+        choices["pretrained_backbone_weights"] = (None, *(WEIGHTS if self.vision_backbone in RESNETS else ()))
     for name, known in choices.items():
         if getattr(self, name) not in known:
             raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(map(str, known))}.")
@@ -75,9 +78,9 @@ def __post_init__(self: ActConfig):
         raise UserError(f"temporal_ensemble_coeff averages the plans of every step: n_action_steps is "
                         f"{self.n_action_steps}, set it to 1.")
     if self.vision_backbone in SIZES and self.pretrained_backbone_weights in WEIGHTS:
+        published = "".join(f"{REPOS[k]}, " for k in REPOS if k == self.vision_backbone)
         raise UserError(f"pretrained_backbone_weights is {self.pretrained_backbone_weights!r}: for "
-                        f"{self.vision_backbone} use {REPOS[self.vision_backbone]}, a folder that holds its "
-                        "model.safetensors, or none.")
+                        f"{self.vision_backbone} use {published}a folder that holds its model.safetensors, or none.")
     if self.dim_model % self.n_heads or self.dim_model % 4:
         raise UserError(f"dim_model is {self.dim_model}: it must be a multiple of n_heads = {self.n_heads} and of 4.")
     if not any(f.type == "VISUAL" for f in self.input_features.values()):
@@ -190,8 +193,9 @@ def map_encoding(
 
 # %% ../../nbs/policies/450_act.ipynb #65d938e8
 def make_backbone(c: ActConfig) -> nn.Module: # pictures [N, 3, H, W] → maps [N, width, h, w]
-    "ResNet or DINOv2, random."
-    if c.vision_backbone in SIZES: net = Dinov2(*SIZES[c.vision_backbone])
+    "ResNet, DINOv2 or a few convolutions, random."
+    if c.vision_backbone == "conv": net = ConvMap()
+    elif c.vision_backbone in SIZES: net = Dinov2(*SIZES[c.vision_backbone])
     else: net = ResNet(c.vision_backbone, dilate_last=c.replace_final_stride_with_dilation)
     return net.requires_grad_(not c.freeze_backbone)
 
@@ -306,7 +310,9 @@ def observed(self: ActPolicy,
 ) -> tuple:       # (pictures: list of [B, 3, H, W], state [B, D] or None)
     "What the network sees."
     require_keys("the batch", self.config.input_features, batch)
-    return [batch[k] for k in self.cameras], batch[OBS_STATE] if self.config.state_dim else None
+    pictures, size = [batch[k] for k in self.cameras], self.config.resize_shape
+    if size: pictures = [F.interpolate(p, tuple(size), mode="bilinear", antialias=True) for p in pictures]
+    return pictures, batch[OBS_STATE] if self.config.state_dim else None
 
 @patch
 def loss_terms(self: ActPolicy,

@@ -20,6 +20,7 @@ from ..networks.ddpm import make_schedule
 from ..networks.flow import REDUCTIONS, fixed_draws, same_noise, squared_error_terms
 from ..networks.paligemma import resolve_layer
 from ..networks.resnet import RESNETS, WEIGHTS, ResNet, laid_out, load_backbone, weights_file
+from ..networks.vision import ConvMap
 from ..networks.unet import ConditionalUnet
 from . import store  # gives every policy save_pretrained and from_pretrained
 from .base import Policy, PolicyConfig
@@ -41,7 +42,7 @@ class DiffusionConfig(PolicyConfig):
     horizon: int = 64                       # actions planned at once, from the first observation on
     normalization_mapping: dict[str, str] = field(default_factory=norms)  # kind → mode
     drop_n_last_frames: int = 7             # last frames of an episode that are not trained on
-    vision_backbone: str = "resnet18"       # a key of `RESNETS`
+    vision_backbone: str = "resnet18"       # a key of `RESNETS`, or "conv": `ConvMap`
     resize_shape: tuple[int, int] | None = None  # pictures are resized to (height, width) first, in pixels
     crop_ratio: float = 1.0                 # share of the resized sides that is kept; sets crop_shape
     crop_shape: tuple[int, int] | None = None  # then this part is kept, in pixels
@@ -79,7 +80,8 @@ class DiffusionConfig(PolicyConfig):
 @patch
 def __post_init__(self: DiffusionConfig):
     PolicyConfig.__post_init__(self)
-    choices = {"vision_backbone": tuple(RESNETS), "pretrained_backbone_weights": (None, *WEIGHTS),
+    known = WEIGHTS if self.vision_backbone in RESNETS else ()
+    choices = {"vision_backbone": (*RESNETS, "conv"), "pretrained_backbone_weights": (None, *known),
                "loss_reduction": REDUCTIONS, "scheduler_name": ("cosine",)}
     for name, known in choices.items():
         if getattr(self, name) not in known:
@@ -153,13 +155,14 @@ def crop(
 
 # %% ../../nbs/policies/455_diffusion.ipynb #770e7884
 class RgbEncoder(nn.Module):
-    "Resize, crop, ResNet, points, one linear layer."
+    "Resize, crop, backbone, points, one linear layer."
     def __init__(self, c: DiffusionConfig):
         super().__init__()
         norm = (lambda n: nn.GroupNorm(n // 16, n)) if c.use_group_norm else nn.BatchNorm2d
-        net, points = ResNet(c.vision_backbone, norm), c.spatial_softmax_num_keypoints
-        sides = [-(-side // 32) for side in c.crop_shape or c.resize_shape or c.picture_size]
-        self.backbone, self.config = nn.Sequential(*net.children()), c
+        small, points = c.vision_backbone == "conv", c.spatial_softmax_num_keypoints
+        net = ConvMap() if small else ResNet(c.vision_backbone, norm)
+        sides = [-(-side // (16 if small else 32)) for side in c.crop_shape or c.resize_shape or c.picture_size]
+        self.backbone, self.config = net if small else nn.Sequential(*net.children()), c
         self.pool, self.out = SpatialSoftmax(net.width, points, *sides), nn.Linear(2 * points, 2 * points)
 
     def points(self, x: torch.Tensor) -> torch.Tensor: # [N, 3, H, W] normalised → [N, 2·points]
