@@ -96,13 +96,15 @@ def test_commands_of_the_methods_are_understood(profile):
     from vla_nb.core.config import parse_flags
     from vla_nb.training.config import read_config
     steps, made = grid_steps(profile, "outputs/x/run"), set()
-    assert len({s.makes for s in steps}) == len(steps) == 1 + len(GRIDS[profile].policies) * len(GRIDS[profile].seeds) * 21
+    policies, seeds = len(GRIDS[profile].policies), len(GRIDS[profile].seeds)
+    bases = seeds if GRIDS[profile].own_base else 1
+    assert len({s.makes for s in steps}) == len(steps) == 1 + policies * (seeds * 21 + bases * 3)
     for s in steps:
         if s.argv[0] == "train":
             config, _ = read_config([w for w in s.argv[1:] if not w.startswith("--policy.path")])
             assert config.optimizer.schedule == "cosine" and config.optimizer.decay_steps == config.steps
         flags = parse_flags([w for w in s.argv if w.startswith("--")])
         for path in (flags.get("policy", {}).get("path"), flags.get("replay", {}).get("anchors"), flags.get("craft", {}).get("anchor_cache_dir"),
-                     flags.get("craft", {}).get("pilot"), flags.get("anchors")):
-            assert path is None or any(m == path or m.startswith(path + "/") for m in made), (s.line, path)
+                     flags.get("craft", {}).get("pilot"), *str(flags.get("anchors", "")).split(",")):
+            assert not path or any(m == path or m.startswith(path + "/") for m in made), (s.line, path)
         made.add(s.makes)
