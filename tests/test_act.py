@@ -16,6 +16,7 @@ from vla_nb.apps.cli import main
 from vla_nb.core.stats import Stats
 from vla_nb.core.types import Feature, UserError
 from vla_nb.datasets.fake import fake_dataset
+from vla_nb.datasets.lerobot import DatasetMetadata
 from vla_nb.networks.dinov2 import Dinov2, load_dinov2, renamed
 from vla_nb.networks.resnet import FrozenBatchNorm, ResNet, conv_norm, load_backbone, weights_file
 from vla_nb.policies.act import ActConfig, ActPolicy
@@ -313,3 +314,9 @@ def test_train_resume_and_offline_errors(tmp_path, monkeypatch):
                  "--stride=4", f"--output={tmp_path / 'offline.json'}"]) == 0
     found = json.loads((tmp_path / "offline.json").read_text())["all"]
     assert found["n"] == 3 and found["mse"] > 0 and len(found["mae"]) == 4
+    words = ["eval", "offline", f"--policy.path={tmp_path / 'whole'}", f"--dataset.root={tmp_path / 'data'}", "--episodes=0:3"]
+    tasks = {t: DatasetMetadata(tmp_path / "data").episodes.column("tasks").count([t]) for t in DatasetMetadata(tmp_path / "data").tasks}
+    assert len(tasks) > 1 and main([*words, f"--dataset.tasks={list(tasks)[0]}", f"--output={tmp_path / 'one.json'}"]) == 0
+    found = json.loads((tmp_path / "one.json").read_text())
+    assert list(found["per_task"]) == [list(tasks)[0]] and len(found["episodes"]) == list(tasks.values())[0] < 3
+    assert main([*words, "--dataset.tasks=sing"]) == 2

@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vla_nb.apps.methods.kinds': ('apps/methods.html#kinds', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.measure_steps': ('apps/methods.html#measure_steps', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.method_flags': ('apps/methods.html#method_flags', 'vla_nb/apps/methods.py'),
+                                     'vla_nb.apps.methods.over_seeds': ('apps/methods.html#over_seeds', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.policy_section': ('apps/methods.html#policy_section', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.policy_steps': ('apps/methods.html#policy_steps', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.rate': ('apps/methods.html#rate', 'vla_nb/apps/methods.py'),

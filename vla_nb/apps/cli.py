@@ -123,7 +123,8 @@ COMMANDS |= {
     "checkpoint merge": Command("policies.store:main_merge", "add an adapter (LoRA) to the weights it belongs to",
                                 "RUN|FOLDER --output=FOLDER", "policies.store:MergeOptions"),
     "checkpoint interpolate": Command("craft.baselines:main", "weights between two saved policies (WiSE-FT)",
-                                      "START TUNED --output=FOLDER [--alpha=0.5]", "craft.baselines:InterpolateOptions"),
+                                      "START TUNED --output=FOLDER [--alpha=0.5]",
+                                      "craft.baselines:InterpolateOptions"),
     "checkpoint push": Command("policies.store:main", "push a policy to the Hub, with its model card",
                                "RUN|FOLDER OWNER/NAME [options]", "policies.store:PushOptions"),
 }

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'GRIDS', 'POLICIES', 'DUAL', 'CRAFT', 'OLD', 'NEW', 'Grid', 'kinds', 'texts', 'train_step', 'method_flags',
-           'measure_steps', 'base_steps', 'policy_steps', 'grid_steps', 'found', 'gather', 'rate', 'policy_section',
-           'sentences']
+           'measure_steps', 'base_steps', 'policy_steps', 'grid_steps', 'found', 'over_seeds', 'gather', 'rate',
+           'policy_section', 'sentences']
 
 # %% ../../nbs/apps/977_methods.ipynb #ca9d98b4
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from .experiment import Step
 from .report_html import section, table
 from .rivals import CONV, DATA_STEP, DEMO, LITTLE_ACT, cosine
 from .study import StudyConfig
-from ..core.files import read_json
+from ..core.files import hash_json, read_json, write_json
 from ..core.types import UserError
+from ..core.versions import revision
 from ..envs.metaworld import TASKS
 from ..evaluation.stats import wilson
 
@@ -43,18 +44,20 @@ class Grid:
     pilot_fraction: float = 0.05  # share of SFT's drift that CRaFT allows
     episodes: int = 16            # rollouts per task and seed
 
-METHODS = {"theta0": "before (θ0)", "sft": "SFT", "replay": "replay", "l2sp": "L2-SP", "wise": "WiSE-FT", "craft_hidden": "CRaFT hidden",
-           "craft_output": "CRaFT output"}
-GRIDS = {"tiny": Grid(), "full": Grid(own_base=True, base_steps=100_000, base_lr=1e-4, steps=10_000, lr=5e-5, warmup=1000, batch_size=8,
-                                      anchors=1000, anchor_batch_size=8)}
+# %% ../../nbs/apps/977_methods.ipynb #e0095bfe
+METHODS = {"theta0": "before (θ0)", "sft": "SFT", "replay": "replay", "l2sp": "L2-SP", "wise": "WiSE-FT",
+           "craft_hidden": "CRaFT hidden", "craft_output": "CRaFT output"}
+GRIDS = {"tiny": Grid(), "full": Grid(own_base=True, base_steps=100_000, base_lr=1e-4, steps=10_000, lr=5e-5,
+                                      warmup=1000, batch_size=8, anchors=1000, anchor_batch_size=8)}
 POLICIES = {  # profile -> name -> flags of a new policy
     "tiny": {"pi0_fast": ("--policy.type=pi0_fast", "--policy.preset=tiny"), "act": (*LITTLE_ACT, CONV),
              "pi0": ("--policy.type=pi0", "--policy.preset=tiny")},
     "full": {"pi0_fast": ("--policy.type=pi0_fast", "--policy.preset=published"), "act": ("--policy.type=act",),
              "pi0": ("--policy.type=pi0", "--policy.preset=published")}}
 DUAL = dict(initial_lambda=3, lambda_lr=5, lambda_max=30)
-CRAFT = {"hidden": dict(retention_mode="hidden", **DUAL), "output": dict(retention_mode="output", **DUAL),
-         "token": dict(retention_mode="token_kl", initial_lambda=1, lambda_lr=0.5, lambda_max=10)}   # kind of anchors -> constraint
+CRAFT = {  # kind of anchors -> constraint
+    "hidden": dict(retention_mode="hidden", **DUAL), "output": dict(retention_mode="output", **DUAL),
+    "token": dict(retention_mode="token_kl", initial_lambda=1, lambda_lr=0.5, lambda_max=10)}
 OLD, NEW = StudyConfig.old_tasks, StudyConfig.new_task
 
 def kinds(policy: str) -> tuple: # key of `POLICIES`; kinds of its anchors
@@ -75,10 +78,12 @@ def train_step(
     steps, lr, tasks = (g.base_steps, g.base_lr, OLD) if base else (g.steps, g.lr, (NEW,))
     argv = ("train", *flags, f"--dataset.root={DEMO}", "--dataset.episodes=train", f"--dataset.tasks={texts(tasks)}",
             f"--output_dir={out}/{name}", f"--steps={steps}", f"--batch_size={g.batch_size}", f"--seed={seed}",
-            f"--policy.optimizer_lr={lr:g}", "--policy.optimizer_grad_clip_norm=1", *cosine(steps, g.warmup if base else g.warmup // 2),
+            f"--policy.optimizer_lr={lr:g}", "--policy.optimizer_grad_clip_norm=1",
+            *cosine(steps, g.warmup if base else g.warmup // 2),
             f"--save_freq={max(1, steps // 3)}", f"--log_freq={max(1, steps // 12)}")
     return Step(f"{out.split('/')[-2]}, seed {seed}: {METHODS[name]}", argv, f"{out}/{name}/summary.json")
 
+# %% ../../nbs/apps/977_methods.ipynb #091ebb96
 def method_flags(
     g: Grid,     # values
     home: str,   # where θ0 and its anchors are
@@ -86,12 +91,14 @@ def method_flags(
 ) -> dict:       # method -> flags of its training
     "What makes a method."
     def craft(kind):
-        flags = dict(enabled="true", anchor_cache_dir=f"{home}/anchors_{kind}", anchor_batch_size=g.anchor_batch_size, epsilon="auto",
-                     pilot=f"{out}/sft/eval/retention.json", pilot_fraction=g.pilot_fraction, **CRAFT[kind])
+        flags = dict(enabled="true", anchor_cache_dir=f"{home}/anchors_{kind}", anchor_batch_size=g.anchor_batch_size,
+                     epsilon="auto", pilot=f"{out}/sft/eval/retention.json", pilot_fraction=g.pilot_fraction,
+                     **CRAFT[kind])
         return tuple(f"--craft.{k}={v}" for k, v in flags.items())
     felt, said = kinds(out.split("/")[-2])
     return {"sft": (), "replay": (f"--replay.anchors={home}/anchors_{felt}", f"--replay.fraction={g.replay}"),
-            "l2sp": ("--penalty.kind=l2sp", f"--penalty.strength={g.l2sp}"), "craft_hidden": craft(felt), "craft_output": craft(said)}
+            "l2sp": ("--penalty.kind=l2sp", f"--penalty.strength={g.l2sp}"), "craft_hidden": craft(felt),
+            "craft_output": craft(said)}
 
 # %% ../../nbs/apps/977_methods.ipynb #d722da72
 def measure_steps(
@@ -104,11 +111,13 @@ def measure_steps(
     "Losses on held-out demonstrations, success in the simulator."
     what, to = f"{out.split('/')[-2]}, seed {seed}: {METHODS[name]}, ", f"{out}/{name}/eval"
     tasks = (*OLD, NEW)
-    offline = ("eval", "offline", f"--policy.path={folder}", f"--dataset.root={DEMO}", f"--dataset.tasks={texts(tasks)}",
-               f"--old={','.join(OLD)}", f"--new={NEW}", f"--output={to}/offline.json")
+    offline = ("eval", "offline", f"--policy.path={folder}", f"--dataset.root={DEMO}",
+               f"--dataset.tasks={texts(tasks)}", f"--old={','.join(OLD)}", f"--new={NEW}",
+               f"--output={to}/offline.json")
     rollout = ("eval", "rollout", f"--policy.path={folder}", f"--tasks={','.join(tasks)}", f"--n_episodes={g.episodes}",
                f"--seed={1000 * seed}", f"--output={to}/rollout.json")
-    return [Step(what + "held-out loss", offline, f"{to}/offline.json"), Step(what + "rollouts", rollout, f"{to}/rollout.json")]
+    return [Step(what + "held-out loss", offline, f"{to}/offline.json"),
+            Step(what + "rollouts", rollout, f"{to}/rollout.json")]
 
 # %% ../../nbs/apps/977_methods.ipynb #43f8000b
 def base_steps(
@@ -120,11 +129,13 @@ def base_steps(
     "θ0, and what it feels and puts out on the same frames of the old tasks."
     def anchors(kind):
         layer = ("--layer=-1", "--pooling=every_token") if kind == "hidden" else ()
-        argv = ("anchors", "build", f"--policy.path={home}/theta0", f"--mode={kind}", *layer, f"--n={g.anchors}", f"--seed={seed}",
-                f"--dataset.root={DEMO}", "--dataset.episodes=train", f"--dataset.tasks={texts(OLD)}", f"--output={home}/anchors_{kind}")
+        argv = ("anchors", "build", f"--policy.path={home}/theta0", f"--mode={kind}", *layer, f"--n={g.anchors}",
+                f"--seed={seed}", f"--dataset.root={DEMO}", "--dataset.episodes=train",
+                f"--dataset.tasks={texts(OLD)}", f"--output={home}/anchors_{kind}")
         return Step(f"{home.split('/')[-2]}, seed {seed}: {kind} anchors", argv, f"{home}/anchors_{kind}/manifest.json")
     return [train_step(g, seed, "theta0", home, *flags), *map(anchors, kinds(home.split("/")[-2]))]
 
+# %% ../../nbs/apps/977_methods.ipynb #6e983796
 def policy_steps(
     g: Grid,    # values
     seed: int,  # of the trainings
@@ -141,7 +152,8 @@ def policy_steps(
         start = (f"--policy.path={base}", "--dataset.stats=checkpoint")
         steps += [train_step(g, seed, name, out, *start, *own), *measure_steps(g, seed, name, f"{out}/{name}", out)]
         if name == "sft": steps.append(Step(who + "how far SFT drifts", pilot, to))
-    return [*steps, Step(who + "WiSE-FT", line, f"{out}/wise/policy/config.json"), *measure_steps(g, seed, "wise", f"{out}/wise/policy", out)]
+    return [*steps, Step(who + "WiSE-FT", line, f"{out}/wise/policy/config.json"),
+            *measure_steps(g, seed, "wise", f"{out}/wise/policy", out)]
 
 # %% ../../nbs/apps/977_methods.ipynb #5ba760a4
 def grid_steps(
@@ -153,12 +165,14 @@ def grid_steps(
     "The commands of E08."
     if profile not in GRIDS: raise UserError(f"profile is {profile!r}; use {' or '.join(GRIDS)}.")
     g, steps = GRIDS[profile], [DATA_STEP]
-    if odd := [p for p in policies if p not in g.policies]: raise UserError(f"{odd[0]!r} is no policy of E08; use {', '.join(g.policies)}.")
+    if odd := [p for p in policies if p not in g.policies]:
+        raise UserError(f"{odd[0]!r} is no policy of E08; use {', '.join(g.policies)}.")
     for p in policies or g.policies:
         for k in seeds or g.seeds:
             first = k if g.own_base else g.seeds[0]
             home = f"{out}/{p}/seed{first}"
-            steps += [*base_steps(g, POLICIES[profile][p], first, home), *policy_steps(g, k, home, f"{out}/{p}/seed{k}")]
+            steps += base_steps(g, POLICIES[profile][p], first, home)
+            steps += policy_steps(g, k, home, f"{out}/{p}/seed{k}")
     return list(dict.fromkeys(steps))   # a θ0 that several seeds share is trained once
 
 # %% ../../nbs/apps/977_methods.ipynb #912f4b7a
@@ -172,19 +186,36 @@ def found(
     return {"old": count(OLD), "new": count((NEW,)), "old_loss": offline["old"], "new_loss": offline["new"],
             "tasks": {t: rollout["task"][t]["k"] for t in (*OLD, NEW)}}
 
+def over_seeds(
+    folders: list,  # of one policy, one per seed
+    name: str,      # method
+) -> dict:          # {"old", "new", "old_loss", "new_loss", "seconds", "by_seed"}
+    "One method of one policy."
+    rows = [found(f, name) for f in folders]
+    total = {k: [sum(r[k][i] for r in rows) for i in (0, 1)] for k in ("old", "new")}
+    mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("old_loss", "new_loss")}
+    trained = [Path(f) / name / "summary.json" for f in folders]
+    spent = [read_json(f)["train_seconds"] for f in trained if f.exists()]
+    return {**total, **mean, "seconds": sum(spent) / len(spent) if spent else None, "by_seed": rows}
+
+# %% ../../nbs/apps/977_methods.ipynb #869cd64e
 def gather(
-    out,                # folder of the experiment's run
-    g: Grid,            # values
-) -> dict:              # {"seeds", "policies": {policy: {method: {"old", "new", "old_loss", "new_loss", "seconds", "by_seed"}}}}
-    "Every measurement, over the seeds."
-    def method(p, name):
-        rows = [found(f"{out}/{p}/seed{k}", name) for k in g.seeds]
-        total = {k: [sum(r[k][i] for r in rows) for i in (0, 1)] for k in ("old", "new")}
-        mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("old_loss", "new_loss")}
-        trained = [Path(f"{out}/{p}/seed{k}/{name}/summary.json") for k in g.seeds]
-        spent = [read_json(f)["train_seconds"] for f in trained if f.exists()]
-        return {**total, **mean, "seconds": sum(spent) / len(spent) if spent else None, "by_seed": rows}
-    return {"seeds": list(g.seeds), "policies": {p: {m: method(p, m) for m in METHODS} for p in g.policies}}
+    profile: str,  # tiny | full
+    out,           # folder of the experiment's run
+    file: Path,    # where results are kept
+) -> dict:         # {"seeds", "policies": {policy: {"commands", "revision", "methods": {method: see `over_seeds`}}}}
+    "Add the policies that are complete in `out` to the results; drop those that other commands made."
+    g, kept = GRIDS[profile], (read_json(file)["policies"] if Path(file).exists() else {})
+    for p in g.policies:
+        steps, folders = grid_steps(profile, str(out), (p,))[1:], [f"{out}/{p}/seed{k}" for k in g.seeds]
+        commands = hash_json([[w.replace(str(out), "") for w in s.argv] for s in steps])
+        if all(Path(s.makes).exists() for s in steps):
+            kept[p] = {"commands": commands, "revision": revision(Path(__file__).parent),
+                       "methods": {m: over_seeds(folders, m) for m in METHODS}}
+        elif kept.get(p, {}).get("commands") != commands: kept.pop(p, None)
+    result = {"seeds": list(g.seeds), "policies": {p: kept[p] for p in g.policies if p in kept}}
+    write_json(file, result)
+    return result
 
 # %% ../../nbs/apps/977_methods.ipynb #d130fbac
 def rate(k: int, n: int) -> str: # solved and tried → HTML
@@ -202,8 +233,9 @@ def policy_section(
                   [(r[k][0] / r[k][1], f"{r[k][0]}/{r[k][1]}", wilson(*r[k])) for r in rows.values()], shown)
              for k, title in (("old", "Old"), ("new", "New"))]
     by = lambda r, k: ", ".join(str(s[k][0]) for s in r["by_seed"])
-    cells = [[label(i, METHODS[m]), rate(*r["new"]), by(r, "new"), rate(*r["old"]), by(r, "old"), f"{r['new_loss']:.3f}",
-              f"{r['old_loss']:.3f}", f"{r['seconds']:.0f} s" if r["seconds"] else "–"] for i, (m, r) in enumerate(rows.items())]
+    cells = [[label(i, METHODS[m]), rate(*r["new"]), by(r, "new"), rate(*r["old"]), by(r, "old"),
+              f"{r['new_loss']:.3f}", f"{r['old_loss']:.3f}", f"{r['seconds']:.0f} s" if r["seconds"] else "–"]
+             for i, (m, r) in enumerate(rows.items())]
     head = ["", "New task", "each seed", "Old tasks", "each seed", "New-task loss", "Old-task loss", "Training"]
     grid = f'<div class="grid" style="--min:340px">{"".join(cards)}</div>'
     return section(escape(name), escape(name), grid, table(head, cells))
@@ -214,12 +246,13 @@ def sentences(
 ) -> list:         # plain sentences, one per policy
     "What the numbers say, in words made from them."
     said = []
-    for p, rows in result["policies"].items():
+    for p, rows in ((p, r["methods"]) for p, r in result["policies"].items()):
         share = {m: {k: r[k][0] / r[k][1] for k in ("old", "new")} for m, r in rows.items()}
         able = [m for m in METHODS if m != "theta0" and share[m]["new"] >= 0.8 * share["sft"]["new"] > 0]
         best = max(able, key=lambda m: share[m]["old"], default=None)
         part = lambda m, k: f"{100 * share[m][k]:.0f} %"
-        kept = f"SFT lowers the old tasks from {part('theta0', 'old')} to {part('sft', 'old')} and learns the new one to {part('sft', 'new')}"
-        end = f"; of the methods that reach four fifths of that, {METHODS[best]} keeps most: {part(best, 'old')}" if best else ""
-        said.append(f"{p}: {kept}{end}.")
+        kept = (f"SFT lowers the old tasks from {part('theta0', 'old')} to {part('sft', 'old')} and learns the new one "
+                f"to {part('sft', 'new')}")
+        end = "; of the methods that reach four fifths of that, {} keeps most: {}"
+        said.append(f"{p}: {kept}{end.format(METHODS[best], part(best, 'old')) if best else ''}.")
     return said

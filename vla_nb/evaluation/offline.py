@@ -138,7 +138,8 @@ def heldout_losses(
     "Loss per task and action error on held-out episodes; the same call gives the same numbers."
     meta = DatasetMetadata(dataset)
     window = windows(policy.config, meta.fps)
-    ds = LeRobotDataset(dataset, episodes=select_episodes(meta, episodes or split, tasks or None), delta_timestamps=window)
+    chosen = select_episodes(meta, episodes or split, tasks or None)
+    ds = LeRobotDataset(dataset, episodes=chosen, delta_timestamps=window)
     rows, tallies, now = frames_by_task(ds, stride), {}, window[ACTION].index(0)
     names = name_tasks(rows, (*old, *new))
     policy.eval()
@@ -200,7 +201,7 @@ def main(
     path, data = o.policy.path or o.checkpoint_path, o.dataset.root or o.dataset.repo_id
     if not path: raise UserError("Which policy? Give --policy.path=<policy or run folder>.")
     if not data: raise UserError("Which demonstrations? Give --dataset.root=<folder>.")
-    select_episodes(DatasetMetadata(data), o.episodes or o.split, o.dataset.tasks or None)     # before a model is loaded
+    select_episodes(DatasetMetadata(data), o.episodes or o.split, o.dataset.tasks or None)   # before a model is loaded
     policy = load_policy(path, device=o.device)
     out = heldout_losses(policy, data, o.split, o.episodes, o.stride, o.batch_size, o.old, o.new, o.actions,
                          o.dataset.tasks)
