@@ -66,7 +66,10 @@ def build(case, **changes):
     return policy.eval()
 
 
-def close(a, b): assert (a - b).abs().max() <= 1e-5, (a - b).abs().max()
+def close(a, b):
+    "1e-5, of the value where it is above 1: the numbers of float32 near a loss of 50 lie 4e-6 apart."
+    off = ((a - b).abs() / b.abs().clamp(min=1)).max()
+    assert off <= 1e-5, off
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,7 +138,7 @@ def test_pipelines_are_saved_as_lerobot_saves_them(tmp_path):
         for key, value in raw_batch().items():
             if key in SHAPES: assert torch.equal(again({key: value})[key], mine({key: value})[key])
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "p", FOLDER))
-    known = {f.name for f in fields(ActConfig)} - {"loss_reduction", "freeze_backbone"}
+    known = {f.name for f in fields(ActConfig)} - {"loss_reduction", "freeze_backbone", "resize_shape"}
     assert known < theirs.keys() and {k: ours[k] for k in known} == {k: theirs[k] for k in known}
     found = load_policy(tmp_path / "p", "cpu")
     assert torch.equal(found.plan(raw_batch()), policy.plan(raw_batch()))

@@ -209,6 +209,16 @@ def test_export_says_what_lerobot_does_differently(tmp_path):
     with pytest.raises(UserError, match="cannot read our fake policies"): export_lerobot(tmp_path / "fake", tmp_path / "y")
 
 
+def test_backbones_that_lerobot_lacks(tmp_path):
+    "A policy whose backbone is ours alone is refused, not written for LeRobot to fail on."
+    known = build("act").config
+    for backbone in ("conv", "dinov2_tiny14"):
+        policy = ActPolicy.from_data(replace(known, vision_backbone=backbone, pretrained_backbone_weights=None), stats=stats())
+        policy.save_pretrained(tmp_path / backbone)
+        with pytest.raises(UserError, match="is not in LeRobot"): export_lerobot(tmp_path / backbone, tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+
 def test_exports_acted_identically_in_lerobot():
     "What tools/check_with_lerobot.py wrote when LeRobot 0.4.4 ran our exports."
     found = load_json(Path(__file__).parents[1] / "reports/lerobot_runs_our_exports.json")

@@ -24,6 +24,7 @@ from ..core.hub import is_repo_id
 from ..core.stats import Stats
 from ..core.types import UserError
 from ..networks.smolvlm import TEXT_NAMES, VISION_NAMES
+from ..networks.resnet import RESNETS
 from ..policies.lerobot_config import own_fields
 from ..policies.store import CONFIG, WEIGHTS, load_policy, policy_class, policy_folder, read_config, require
 from ..processors.pipeline import Pipeline
@@ -171,6 +172,8 @@ def lerobot_config(
 ) -> tuple:         # (contents of config.json, notes: list of sentences)
     "The configuration in LeRobot's words."
     if policy.name not in FIELDS: raise UserError(f"LeRobot {version} cannot read our {policy.name} policies.")
+    backbone = getattr(policy.config, "vision_backbone", "resnet18")
+    if backbone not in RESNETS: raise UserError(f"vision_backbone={backbone!r} is not in LeRobot: it has {', '.join(RESNETS)}.")
     keep, notes, out = {*FIELDS["every"], *FIELDS[policy.name]}, [], {}
     for f in fields(policy.config):
         name, value = f.name, getattr(policy.config, f.name)
