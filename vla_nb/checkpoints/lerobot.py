@@ -172,8 +172,8 @@ def lerobot_config(
 ) -> tuple:         # (contents of config.json, notes: list of sentences)
     "The configuration in LeRobot's words."
     if policy.name not in FIELDS: raise UserError(f"LeRobot {version} cannot read our {policy.name} policies.")
-    backbone = getattr(policy.config, "vision_backbone", "resnet18")
-    if backbone not in RESNETS: raise UserError(f"vision_backbone={backbone!r} is not in LeRobot: it has {', '.join(RESNETS)}.")
+    if (backbone := getattr(policy.config, "vision_backbone", "resnet18")) not in RESNETS:
+        raise UserError(f"vision_backbone={backbone!r} is not in LeRobot: it has {', '.join(RESNETS)}.")
     keep, notes, out = {*FIELDS["every"], *FIELDS[policy.name]}, [], {}
     for f in fields(policy.config):
         name, value = f.name, getattr(policy.config, f.name)

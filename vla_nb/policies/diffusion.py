@@ -80,9 +80,8 @@ class DiffusionConfig(PolicyConfig):
 @patch
 def __post_init__(self: DiffusionConfig):
     PolicyConfig.__post_init__(self)
-    known = WEIGHTS if self.vision_backbone in RESNETS else ()
-    choices = {"vision_backbone": (*RESNETS, "conv"), "pretrained_backbone_weights": (None, *known),
-               "loss_reduction": REDUCTIONS, "scheduler_name": ("cosine",)}
+    choices = {"vision_backbone": (*RESNETS, "conv"), "loss_reduction": REDUCTIONS, "scheduler_name": ("cosine",),
+               "pretrained_backbone_weights": (None, *(WEIGHTS if self.vision_backbone in RESNETS else ()))}
     for name, known in choices.items():
         if getattr(self, name) not in known:
             raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(map(str, known))}.")
