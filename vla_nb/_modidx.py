@@ -935,6 +935,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'vla_nb.datasets.build.join_part': ('datasets/build.html#join_part', 'vla_nb/datasets/build.py'),
                                        'vla_nb.datasets.build.read_numbers': ( 'datasets/build.html#read_numbers',
                                                                                'vla_nb/datasets/build.py'),
+                                       'vla_nb.datasets.build.side_by_side': ( 'datasets/build.html#side_by_side',
+                                                                               'vla_nb/datasets/build.py'),
                                        'vla_nb.datasets.build.split_stats': ('datasets/build.html#split_stats', 'vla_nb/datasets/build.py'),
                                        'vla_nb.datasets.build.write_episodes': ( 'datasets/build.html#write_episodes',
                                                                                  'vla_nb/datasets/build.py'),

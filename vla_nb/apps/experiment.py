@@ -70,7 +70,9 @@ TEMPLATE = """{%- extends 'base/display_priority.j2' -%}
 <details class="code"><summary>code</summary><pre>{{ cell.source | escape }}</pre></details>
 {%- endif %}{%- endblock -%}
 {%- block markdowncell -%}{{ cell.source | markdown2html }}{%- endblock -%}
-{%- block stream_stdout -%}<pre>{{ output.text | ansi2html }}</pre>{%- endblock -%}
+{%- block stream_stdout -%}{%- set lines = output.text.strip().splitlines() | length -%}
+{% if lines > 12 %}<details><summary>{{ lines }} printed lines</summary>{% endif -%}
+<pre>{{ output.text | ansi2html }}</pre>{% if lines > 12 %}</details>{% endif %}{%- endblock -%}
 {%- block stream_stderr -%}
 <details><summary>messages</summary><pre>{{ output.text | ansi2html }}</pre></details>{%- endblock -%}
 {%- block error -%}<pre class="no">{{ output.traceback | join('\\n') | ansi2html }}</pre>{%- endblock -%}

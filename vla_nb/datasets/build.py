@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE', 'DATA_PATH', 'VIDEO_PATH', 'EPISODES_PER_FILE', 'CARD', 'cast_column', 'column_values', 'data_writer',
-           'join_file', 'join_part', 'About', 'write_episodes', 'write_meta', 'write_info', 'described', 'split_stats',
-           'read_numbers', 'write_total_stats']
+           'join_file', 'join_part', 'About', 'write_episodes', 'side_by_side', 'write_meta', 'write_info', 'described',
+           'split_stats', 'read_numbers', 'write_total_stats']
 
 # %% ../../nbs/datasets/118_build.ipynb #9ef85b04
 import os
@@ -129,6 +129,21 @@ def write_episodes(
             pq.write_table(table, f, compression="snappy")
 
 # %% ../../nbs/datasets/118_build.ipynb #28901718
+def side_by_side(
+    columns: dict,  # name → numbers [N, ...]
+):                  # function of a slice of rows → {name: statistics}
+    "Statistics of all columns of some rows in one go: short episodes spend their time between the calls."
+    flat = {k: x.reshape(len(x), -1) for k, x in columns.items() if x.ndim < 3}
+    table = np.concatenate([np.empty((len(next(iter(columns.values()), [])), 0)), *flat.values()], 1)
+    ends = np.cumsum([x.shape[1] for x in flat.values()]).tolist()
+    def measure(own: slice) -> dict:
+        out = {k: compute_stats(x[own]) for k, x in columns.items() if k not in flat}
+        whole = compute_stats(table[own])
+        for k, a, b in zip(flat, [0, *ends], ends):
+            out[k] = {s: v if s == "count" else v[a:b] for s, v in whole.items()}
+        return {k: out[k] for k in columns}
+    return measure
+
 def write_meta(
     about: About,  # what the dataset is
     rows: list,    # of meta/episodes, with "stats"
@@ -136,9 +151,10 @@ def write_meta(
 ):
     "Write meta/ and the card; statistics of columns that a row lacks are computed."
     columns = read_numbers(about, root)
+    measure = side_by_side(columns)
     for row in rows:
-        own = slice(row["dataset_from_index"], row["dataset_to_index"])
-        row["stats"] |= Stats({k: compute_stats(x[own]) for k, x in columns.items() if k not in row["stats"]}).to_dict()
+        found = Stats(measure(slice(row["dataset_from_index"], row["dataset_to_index"]))).to_dict()
+        row["stats"] = found | row["stats"]
     write_total_stats(about, rows, root, columns)
     write_episodes(rows, root)
     write_tasks(root / "meta/tasks.parquet", about.tasks)

@@ -74,7 +74,7 @@ class V2Dataset:
         self.stats = [r["stats"] for r in numbered(per_episode, "episode_index")] if per_episode.is_file() else None
         if self.stats is not None and len(self.stats) != len(self.episodes):
             raise UserError(f"{per_episode} has {len(self.stats)} rows for {len(self.episodes)} episodes")
-        self._elsewhere = {}
+        self._elsewhere, self.schema = {}, data_schema(self.features)   # of a data file of v3
 
     video_keys = property(lambda self: [k for k, f in self.features.items() if f["dtype"] == "video"])
     camera_keys = property(lambda self: [k for k, f in self.features.items() if f["dtype"] in ("video", "image")])
@@ -182,7 +182,7 @@ def episode_rows(
 ) -> pa.Table:
     "The rows of one episode in the layout of v3.0."
     path, n = source.file(episode), source.episodes[episode]["length"]
-    table, schema, frame = read_table(path), data_schema(source.features), np.arange(n)
+    table, schema, frame = read_table(path), source.schema, np.arange(n)
     exact = {"frame_index": frame, "index": first + frame, "episode_index": np.full(n, episode)}
     columns = []
     for key in schema.names:

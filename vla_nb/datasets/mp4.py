@@ -172,7 +172,8 @@ def read_mp4(
     keys, shown = key_frames(tables, len(sizes), path), shown_times(tables, len(sizes), path)
     n = int(np.argmax(np.append((places < 0) | (places > end - sizes), True)))   # pictures before the cut
     if n == 0: raise UserError(f"video {path} is cut off before its first picture")
-    order = np.argsort(np.argsort(shown[:n], kind="stable"))
+    late = "ctts" in tables   # B-frames: shown in another order than decoded
+    order = np.argsort(np.argsort(shown[:n], kind="stable")) if late else np.arange(n)
     return Mp4(Path(path), entry, sizes[:n], places[:n], keys[:n], order)
 
 # %% ../../nbs/datasets/101_mp4.ipynb #2a55102e
