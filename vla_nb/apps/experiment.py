@@ -65,14 +65,13 @@ def list_experiments(
     return 0
 
 # %% ../../nbs/apps/970_experiment.ipynb #d39312eb
-TEMPLATE = """{%- extends 'base/display_priority.j2' -%}
-{%- block input -%}{% if cell.source.strip() -%}
+TEMPLATE = """{%- extends 'base/display_priority.j2' -%}{%- block input -%}{% if cell.source.strip() -%}
 <details class="code"><summary>code</summary><pre>{{ cell.source | escape }}</pre></details>
 {%- endif %}{%- endblock -%}
 {%- block markdowncell -%}{{ cell.source | markdown2html }}{%- endblock -%}
 {%- block stream_stdout -%}{%- set lines = output.text.strip().splitlines() | length -%}
-{% if lines > 12 %}<details><summary>{{ lines }} printed lines</summary>{% endif -%}
-<pre>{{ output.text | ansi2html }}</pre>{% if lines > 12 %}</details>{% endif %}{%- endblock -%}
+{%- if lines > 12 %}<details><summary>{{ lines }} printed lines</summary>{% endif -%}<pre>
+{{- output.text | ansi2html }}</pre>{% if lines > 12 %}</details>{% endif %}{%- endblock -%}
 {%- block stream_stderr -%}
 <details><summary>messages</summary><pre>{{ output.text | ansi2html }}</pre></details>{%- endblock -%}
 {%- block error -%}<pre class="no">{{ output.traceback | join('\\n') | ansi2html }}</pre>{%- endblock -%}
