@@ -143,7 +143,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vla_nb.apps.methods.policy_steps': ('apps/methods.html#policy_steps', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.rate': ('apps/methods.html#rate', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.sentences': ('apps/methods.html#sentences', 'vla_nb/apps/methods.py'),
-                                     'vla_nb.apps.methods.texts': ('apps/methods.html#texts', 'vla_nb/apps/methods.py'),
                                      'vla_nb.apps.methods.train_step': ('apps/methods.html#train_step', 'vla_nb/apps/methods.py')},
             'vla_nb.apps.player': { 'vla_nb.apps.player.Clip': ('apps/player.html#clip', 'vla_nb/apps/player.py'),
                                     'vla_nb.apps.player.Curves': ('apps/player.html#curves', 'vla_nb/apps/player.py'),

@@ -10,9 +10,8 @@ __all__ = ['DEMO', 'KNOWN', 'INSERTION', 'CONTESTS', 'DATA_STEP', 'CHUNK', 'SMAL
 from dataclasses import dataclass
 
 from .experiment import Step
-from .study import StudyConfig
+from .study import StudyConfig, texts
 from ..core.types import UserError
-from ..envs.metaworld import TASKS
 
 # %% ../../nbs/apps/976_rivals.ipynb #ad12c7d0
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Contest:
     warmup: int = 0      # warm-up steps of the cosine that all share; 0: each policy's own schedule
 
 DEMO = "data/metaworld_demo"
-KNOWN = ",".join(TASKS[t] for t in StudyConfig.old_tasks)
+KNOWN = texts(StudyConfig.old_tasks)
 INSERTION = "lerobot/aloha_sim_insertion_human"
 CONTESTS = {
     "tiny": Contest((f"--dataset.root={DEMO}", "--dataset.episodes=train", f"--dataset.tasks={KNOWN}"),

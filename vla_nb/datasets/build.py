@@ -153,6 +153,7 @@ def write_meta(
     columns = read_numbers(about, root)
     measure = side_by_side(columns)
     for row in rows:
+        if columns.keys() <= row["stats"].keys(): continue
         found = Stats(measure(slice(row["dataset_from_index"], row["dataset_to_index"]))).to_dict()
         row["stats"] = found | row["stats"]
     write_total_stats(about, rows, root, columns)
