@@ -67,6 +67,17 @@ def test_seven_hundred_episodes_killed_and_resumed(tmp_path):
     assert len(list((tmp_path / "whole").glob("videos/*/*/*.mp4"))) > 2   # more than one file a camera: rollover
 
 
+def test_processes_change_nothing(tmp_path, monkeypatch):
+    "A large source is looked at and converted by several processes, and what is wrong with it is still one sentence."
+    monkeypatch.setattr("vla_nb.datasets.convert.FEW", 2)
+    old = fake_v2(tmp_path / "old", episodes=7, frames=lambda e: 4 + e % 3, cameras=("top", "wrist"))
+    one, two = (convert(old, ConvertOptions(output=str(tmp_path / f"{n}/new"), workers=n)) for n in (0, 2))
+    assert tree(one) == tree(two)
+    old.joinpath("data/chunk-000/episode_000005.parquet").unlink()
+    with pytest.raises(UserError, match="nothing was written: .*episode_000005.parquet is missing"):
+        convert(old, ConvertOptions(output=str(tmp_path / "x"), workers=2))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_statistics(tmp_path, small, kept):
     "Vectors are exact with quantiles; pictures are kept from the source, or measured."

@@ -11,6 +11,7 @@ __all__ = ['MAX_MOOV', 'CONFIGURATIONS', 'TICK', 'MATRIX', 'boxes', 'inside', 'r
 import os
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 from ..core.types import UserError
@@ -113,7 +114,7 @@ def picture_places(
     return np.repeat(starts - before[begin], held) + before
 
 # %% ../../nbs/datasets/101_mp4.ipynb #92dac700
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mp4:
     "The pictures of a file in the order of decoding."
     path: Path
@@ -125,7 +126,7 @@ class Mp4:
 
     def __len__(self): return len(self.sizes)
 
-    @property
+    @cached_property
     def codec(self) -> bytes:
         "Codec, size and decoder configuration: only files in which these are equal can be joined."
         parts = [name.encode() + data for name, data in boxes(self.entry[86:], self.path) if name in CONFIGURATIONS]
@@ -282,13 +283,13 @@ def copy_bytes(source, begin: int, size: int, out):
 
 # %% ../../nbs/datasets/101_mp4.ipynb #b512f761
 def join_videos(
-    parts,        # video files of the same camera, in order, with equal `codec`
+    parts,        # video files of one camera, in order, with equal `codec`: paths, or results of `read_mp4`
     path,         # mp4 file to write
     fps: int,     # pictures per second
     ranges=None,  # (first picture, pictures) to take of each part; None = all
 ) -> int:         # number of pictures
     "Concatenate video files, or parts of them, without re-encoding."
-    files = {p: read_mp4(p) for p in dict.fromkeys(parts)}
+    files = {p: p if isinstance(p, Mp4) else read_mp4(p) for p in dict.fromkeys(parts)}
     ranges = [(0, len(files[p])) for p in parts] if ranges is None else ranges
     chosen = [(files[p], first, n) for p, (first, n) in zip(parts, ranges)]
     for f, first, n in chosen: check_range(f, first, n, chosen[0][0])
