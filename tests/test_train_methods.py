@@ -31,6 +31,14 @@ def resumed(box, name, words, steps=4):
     return whole, half
 
 
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast"])
+def test_resumed_training_is_bit_equal(box, kind):
+    size = "--policy.image_size=32" if kind == "pi0_fast" else "--policy.image_resolution=[32,32]"
+    words = [f"--policy.type={kind}", "--policy.preset=tiny", size, f"--dataset.root={box / 'koch'}", "--policy.scheduler_warmup_steps=1"]
+    a, b = (weights(x / "checkpoints/last/pretrained_model") for x in resumed(box, kind, words))
+    assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
 # ---------------------------------------------------------------- averaged weights
 
 def test_ema_is_saved_and_resumed_bit_for_bit(box):
