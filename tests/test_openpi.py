@@ -21,6 +21,7 @@ from vla_nb.networks.flow import time_embedding
 from vla_nb.policies.base import LANG_MASK, LANG_TOKENS
 from vla_nb.policies.pi0 import Pi0Config, Pi0Policy, Pi05Config, Pi05Policy, make_network
 from vla_nb.policies.store import load_policy
+from vla_nb.processors.text import WordTokenizer
 from vla_nb.processors.tokenize import write_word_tokenizer
 
 JAX = Path(__file__).parent / "goldens/openpi_jax"
@@ -202,6 +203,90 @@ def test_jax_import_equals_an_independent_forward(name, adaptive, tmp_path):
     wanted = forward(arrays, pictures * 2 - 1, ids, x_t, 0.3, state, adaptive)
     close(v[0].double(), torch.tensor(wanted), ATOL)
     assert np.abs(wanted - forward(arrays, pictures * 2 - 1, ids[::-1], x_t, 0.3, state, adaptive)).max() > 1e-3   # it can differ
+
+
+def log_likelihoods(arrays, pictures, ids, known):
+    "log p of every id of a text behind its first `known` ones, which see each other, straight from the JAX arrays in float64."
+    p = {k.removeprefix("PaliGemma/"): v.astype(np.float64) for k, v in arrays.items()}
+    x = np.concatenate([*(look(p, x) for x in pictures), p["llm/embedder/input_embedding"][ids] * np.sqrt(8)])
+    block = np.cumsum([0] * (len(x) - len(ids) + known) + [1] * (len(ids) - known))
+    hidden, positions = np.where(block[None] <= block[:, None], 0, -np.inf), np.arange(len(block))
+    norm = lambda x, scale: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * (1 + scale)
+    for i in range(2):
+        layer = lambda name: p[f"llm/layers/{name}"][i]
+        y = norm(x, layer("pre_attention_norm/scale"))
+        q, (k, v) = np.einsum("td,hdk->thk", y, layer("attn/q_einsum/w")), np.einsum("td,nhdk->nthk", y, layer("attn/kv_einsum/w"))
+        logits = np.einsum("qhk,sk->hqs", turn(q, positions), turn(k, positions)[:, 0]) / 2          # head_dim 4
+        seen = np.einsum("hqs,sk->qhk", softmax(logits + hidden), v[:, 0])
+        x = x + np.einsum("thk,hkd->td", seen, layer("attn/attn_vec_einsum/w"))
+        y = norm(x, layer("pre_ffw_norm/scale"))
+        g, u = (y @ w for w in layer("mlp/gating_einsum"))
+        x = x + (gelu(g) * u) @ layer("mlp/linear")
+    scores = norm(x, p["llm/final_norm/scale"])[len(x) - len(ids) + known - 1:-1] @ p["llm/embedder/input_embedding"].T
+    return np.log(softmax(scores))[np.arange(len(ids) - known), ids[known:]]
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    "A pi0-FAST of openpi, with a tokenizer and an action codec in the form in which they are published."
+    pytest.importorskip("tensorstore")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    folder = tmp_path_factory.mktemp("fast")
+    shutil.copytree(JAX / "pi0_fast", folder / "source")
+    assets(folder / "source", 3, 3)
+    words = WordTokenizer.fit(["Task: open the drawer, State: - ;\n Action: |", *map(str, range(256))])
+    words.save(folder / "words")
+    codec, rng = Tokenizer(models.BPE()), np.random.default_rng(0)
+    codec.pre_tokenizer, codec.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = ["".join(map(chr, row)) for row in np.rint(rng.normal(354, 8, (200, 12))).astype(int)]
+    codec.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=290, show_progress=False, special_tokens=[],
+                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    (folder / "fast").mkdir()
+    codec.save(str(folder / "fast/tokenizer.json"))
+    numbers = {"action_dim": None, "time_horizon": None, "min_token": -354, "scale": 10, "vocab_size": 290}
+    (folder / "fast/processor_config.json").write_text(json.dumps({"processor_class": "UniversalActionProcessor", **numbers}))
+    return folder
+
+
+def test_jax_import_of_pi0_fast_equals_an_independent_forward(fast, tmp_path):
+    "Every array of a pi0-FAST is accounted for; the likelihood of a chunk is the one that the JAX arrays give."
+    table = import_openpi(fast / "source", tmp_path / "ours", fast / "words", vision_heads=3, chunk_size=4, n_action_steps=4, fast=fast / "fast")
+    policy = load_policy(tmp_path / "ours")
+    arrays = {k: RECIPE["value"](k, s) for k, s in RECIPE["fast_shapes"]().items()}
+    assert policy.name == "pi0_fast" and policy.config.fast_vocab_size == 290 and policy.codec.min_token == -354
+    assert {r.source for r in table.rows} == arrays.keys() and table.counts()["loaded"] == len(policy.state_dict())
+    rng = np.random.default_rng(0)
+    pictures, state = rng.uniform(0, 1, (3, 3, 4, 4)), rng.uniform(-1, 3, 3)
+    batch = {c: torch.tensor(x[None]).float() for c, x in zip(policy.cameras, pictures)}
+    batch |= {OBS_STATE: torch.tensor(state[None]).float(), "task": ["Open the_drawer"], "action": torch.tensor(rng.uniform(-1, 3, (1, 4, 3))).float()}
+    ready = policy.prepare(batch)
+    prefix, suffix = (ready[k][0].tolist() for k in (LANG_TOKENS, "suffix.tokens"))
+    bins = np.digitize((state + 1) / 2 - 1, np.linspace(-1, 1, 257)[:-1]) - 1                      # quantiles −1 and 3
+    assert policy.tokenizer.decode(prefix) == f"Task: open the drawer, State: {' '.join(map(str, bins))};\n"
+    assert [i for i in suffix if i >= 282] == [571 - i for i in policy.codec.encode((batch["action"] + 1) / 2 - 1)[0]]
+    wanted = log_likelihoods(arrays, pictures * 2 - 1, np.array(prefix + suffix), len(prefix))
+    with torch.no_grad(): loss, _ = policy(ready)
+    close(loss.double(), torch.tensor(-wanted.mean()), ATOL)
+    assert np.abs(wanted - log_likelihoods(arrays, pictures[::-1] * 2 - 1, np.array(prefix + suffix), len(prefix))).max() > 1e-3
+
+
+def test_pi0_fast_sees_absent_cameras_as_black(fast, tmp_path, capsys):
+    "By command, with two cameras of three; without a codec the command asks for one."
+    words = ["checkpoint", "import", str(fast / "source"), str(tmp_path / "ours"), f"--tokenizer={fast / 'words'}", "--vision_heads=3",
+             "--cameras=front,wrist", "--policy.chunk_size=4", "--policy.n_action_steps=2"]
+    assert main(words) != 0 and "--fast=physical-intelligence/fast" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    assert main([*words, f"--fast={fast / 'fast'}"]) == 0
+    policy, rng = load_policy(tmp_path / "ours"), np.random.default_rng(1)
+    assert [c.rsplit(".")[-1] for c in policy.cameras] == ["front", "wrist", "wrist_0_rgb"] and policy.config.empty_cameras == 1
+    seen = {f"observation.images.{c}": rng.integers(0, 255, (6, 8, 3), np.uint8) for c in ("front", "wrist")}
+    seen |= {OBS_STATE: np.zeros(3, np.float32), "task": "open the drawer"}
+    first = policy.act(seen)
+    policy.reset()
+    assert np.array_equal(first, policy.act({**seen, "observation.images.wrist_0_rgb": np.zeros((6, 8, 3), np.uint8)}))
+    policy.reset()
+    del seen["observation.images.front"]
+    with pytest.raises(UserError, match="front"): policy.act(seen)
+    assert main(["checkpoint", "verify", str(tmp_path / "ours")]) == 0
 
 
 def test_jax_tensors_are_not_lost(tmp_path):

@@ -31,7 +31,8 @@ ROWS = [  # kind, what, the original, tests that compare the two
     ("importer", "LeRobot 0.6", "LeRobot 0.4.4, its folder in the layout of 0.6", ["test_checkpoints.py::test_import_of_lerobot_06_and_compiled_names"]),
     ("importer", "LeRobot 0.3", "LeRobot 0.4.4", ["test_checkpoints.py::test_import_of_lerobot_03"]),
     ("importer", "openpi, PyTorch", "openpi (tensors of its own code)", ["test_openpi.py::test_torch_import_plans_like_openpi"]),
-    ("importer", "openpi, JAX", "a pass over the JAX arrays themselves", ["test_openpi.py::test_jax_import_equals_an_independent_forward"]),
+    ("importer", "openpi, JAX", "a pass over the JAX arrays themselves", ["test_openpi.py::test_jax_import_equals_an_independent_forward",
+                                                                             "test_openpi.py::test_jax_import_of_pi0_fast_equals_an_independent_forward"]),
 ]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .lerobot import VERSIONS, export_lerobot, import_lerobot, read_lerobot, shapes_of
-from .openpi import CAMERAS, import_openpi, is_openpi
+from .openpi import import_openpi, is_openpi
 from ..core.config import apply_flags, parse_flags, split_words
 from ..core.files import read_json
 from ..core.types import OBS_STATE, TASK, UserError
@@ -134,6 +134,7 @@ class ImportOptions:
     action_dim: int = 0          # openpi: numbers of its actions
     state_in_prompt: bool = True # openpi, pi0.5: False for checkpoints trained without, such as pi05_libero
     vision_heads: int = 16       # openpi: heads of the vision tower
+    fast: str = ""               # openpi, pi0-FAST: its action codec, a folder or physical-intelligence/fast
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -151,9 +152,9 @@ def take_openpi(
     if not o.tokenizer:
         raise UserError(f"{source} is a checkpoint of openpi, which holds no tokenizer: give --tokenizer=FOLDER or "
                         "--tokenizer=google/paligemma-3b-pt-224.")
-    cameras = tuple(o.cameras.split(",")) if o.cameras else CAMERAS
+    cameras = tuple(o.cameras.split(",")) if o.cameras else ()
     return import_openpi(source, target, o.tokenizer, cameras, o.asset, o.state_dim, o.action_dim, o.state_in_prompt,
-                         o.vision_heads, **fields)
+                         o.vision_heads, o.fast, **fields)
 
 def main_import(
     argv: list[str],  # words after `vla-nb checkpoint import`

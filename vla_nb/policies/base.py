@@ -81,6 +81,11 @@ class Policy(nn.Module):
     @property
     def action_dim(self) -> int: return self.config.output_features[ACTION].shape[0]
     @property
+    def may_miss(self) -> int: return getattr(self.config, "empty_cameras", 0)   # cameras without a picture
+    @property
+    def known_as(self) -> str:   # in messages about cameras
+        return f"{self.name} with empty_cameras={self.may_miss}" if hasattr(self.config, "empty_cameras") else self.name
+    @property
     def cameras(self) -> list: return [k for k, f in self.config.input_features.items() if f.type == "VISUAL"]
 
 # %% ../../nbs/policies/400_base.ipynb #e9fd15b5
@@ -137,16 +142,19 @@ def plan(self: Policy,
     "Raw batch in, physical action chunks out."
     with torch.no_grad(): return self.postprocessor(self.predict_action_chunk(self.prepare(batch)))
 
+# %% ../../nbs/policies/400_base.ipynb #1ed1212c
 @patch
 def check_observation(self: Policy,
     observation: dict,  # raw, unbatched
 ) -> dict:              # the policy's own keys only, pictures channels-first
     "Name what is missing, turn pictures to channels-first."
     raw = {new: old for s in self.preprocessor.steps for old, new in getattr(s, "rename_map", {}).items()}
-    wanted = [raw.get(k, k) for k in (*self.config.input_features, TASK)]
-    require_keys(f"{self.name} was trained with {', '.join(wanted)}: the observation", wanted, observation)
+    there = [k for k in self.cameras if raw.get(k, k) in observation]
+    if len(self.cameras) - len(there) > self.may_miss or not there: there = self.cameras
+    wanted = [raw.get(k, k) for k in (*self.config.input_features, TASK) if k in there or k not in self.cameras]
+    require_keys(f"{self.known_as} was trained with {', '.join(wanted)}: the observation", wanted, observation)
     out = {k: observation[k] if k == TASK else np.asarray(observation[k]) for k in wanted}
-    for k in (raw.get(k, k) for k in self.cameras):
+    for k in (raw.get(k, k) for k in there):
         x = out[k]
         if x.ndim == 3 and x.shape[0] != 3 and x.shape[-1] == 3: out[k] = np.ascontiguousarray(np.moveaxis(x, -1, 0))
         elif x.ndim != 3 or x.shape[0] != 3:
@@ -157,6 +165,17 @@ def check_observation(self: Policy,
             raise UserError(f"{OBS_STATE!r} is {state.tolist()}: expected {shape[0]} numbers, none of them NaN.")
         out[OBS_STATE] = state
     return out
+
+# %% ../../nbs/policies/400_base.ipynb #d504f0e5
+@patch
+def present(self: Policy,
+    batch,       # mapping with pictures
+) -> list:       # cameras that are there
+    "Cameras of a batch; more than `empty_cameras` missing ones are an error."
+    there = [k for k in self.cameras if k in batch]
+    if not there or len(self.cameras) - len(there) > self.may_miss:
+        require_keys(f"{self.known_as}: the batch", self.cameras, batch)
+    return there
 
 # %% ../../nbs/policies/400_base.ipynb #7376821b
 @patch

@@ -260,28 +260,6 @@ def load_vlm(
 
 # %% ../../nbs/policies/460_smolvla.ipynb #ffc3fe4e
 @patch
-def present(self: SmolVLAPolicy,
-    batch,       # mapping with pictures
-) -> list:       # cameras that are there
-    "Cameras of a batch; more than `empty_cameras` missing ones are an error."
-    there = [k for k in self.cameras if k in batch]
-    allowed = self.config.empty_cameras
-    if not there or len(self.cameras) - len(there) > allowed:
-        require_keys(f"smolvla with empty_cameras={allowed}: the batch", self.cameras, batch)
-    return there
-
-@patch
-def check_observation(self: SmolVLAPolicy,
-    observation: dict,  # raw, unbatched
-) -> dict:              # the policy's own keys only, pictures channels-first
-    "As every policy, but a camera may be missing."
-    raw = {new: old for s in self.preprocessor.steps for old, new in getattr(s, "rename_map", {}).items()}
-    there = self.present({k for k in self.cameras if raw.get(k, k) in observation})
-    blank = {raw.get(k, k): np.zeros((3, 1, 1), np.uint8) for k in self.cameras if k not in there}
-    out = Policy.check_observation(self, {**observation, **blank})
-    return {k: v for k, v in out.items() if k not in blank}
-
-@patch
 def picture(self: SmolVLAPolicy,
     x: torch.Tensor,  # [B, (T,) 3, H, W], uint8 or in [0, 1]
 ) -> torch.Tensor:    # [B, 3, S, S] in [−1, 1]

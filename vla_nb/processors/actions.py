@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.files import atomic_write, read_json, write_json
+from ..core.hub import is_repo_id, snapshot
 from ..core.types import UserError
 
 # %% ../../nbs/processors/220_actions.ipynb #0716b006
@@ -180,6 +181,19 @@ def coefficients(self: FastCodec,
 # %% ../../nbs/processors/220_actions.ipynb #cd35033e
 _FIELDS = ("scale", "vocab_size", "horizon", "dims", "min_token")
 
+def _read_fields(path, names):
+    "Numbers of a codec."
+    values = read_json(path)
+    missing = [k for k in names if values.get(k) is None]
+    if missing: raise UserError(f"{path} lacks {missing}: it is no FAST codec.")
+    return {k: values[k] for k in names}
+
+def _read_tokenizer(path):
+    "Token merges of a codec."
+    from tokenizers import Tokenizer
+    try: return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as e: raise UserError(f"{path} cannot be read as a tokenizer ({e}).") from e
+
 @patch
 def save(self: FastCodec,
     folder,  # destination, made when missing
@@ -193,14 +207,22 @@ def load(cls: FastCodec,
     folder,  # folder written by `save`
 ):           # FastCodec
     "Read a codec."
-    from tokenizers import Tokenizer
-    folder = Path(folder)
-    values = read_json(folder / "codec.json")
-    missing = [k for k in _FIELDS if k not in values]
-    if missing: raise UserError(f"{folder / 'codec.json'} lacks {missing}: it is no FAST codec of this library.")
-    try: tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except Exception as e: raise UserError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer ({e}).") from e
-    return cls(**{k: values[k] for k in _FIELDS}, tokenizer=tokenizer)
+    values = _read_fields(Path(folder) / "codec.json", _FIELDS)
+    return cls(**values, tokenizer=_read_tokenizer(Path(folder) / "tokenizer.json"))
+
+# %% ../../nbs/processors/220_actions.ipynb #23f7c218
+@patch(cls_method=True)
+def published(cls: FastCodec,
+    source,        # folder, or owner/name on the Hub, as `physical-intelligence/fast`
+    horizon: int,  # T, actions per chunk
+    dims: int,     # D, dimensions per action
+):                 # FastCodec
+    "Read the codec that comes with published policies; it is for chunks of any size."
+    names = ("processor_config.json", "tokenizer.json")
+    if is_repo_id(source) and not Path(source).exists():
+        source = snapshot(str(source), "model", None, lambda name: name in names)
+    values = _read_fields(Path(source) / names[0], ("scale", "vocab_size", "min_token"))
+    return cls(**values, horizon=horizon, dims=dims, tokenizer=_read_tokenizer(Path(source) / names[1]))
 
 # %% ../../nbs/processors/220_actions.ipynb #12b27650
 _EDGES = torch.linspace(-1, 1, 257, dtype=torch.float64)[:-1]

@@ -93,9 +93,11 @@ class HFTokenizer:
                 raise UserError(f"Tokenizer {inner.name_or_path!r} has no {name} token.")
             setattr(self, f"{name}_id", value)
 
-    @property
-    def vocab_size(self): return len(self.inner)
-    def __len__(self): return len(self.inner)
+        known, n = inner.added_tokens_decoder, len(inner)
+        while n - 1 in known and known[n - 1].special and n - 1 not in inner.all_special_ids: n -= 1
+        self.vocab_size = n   # without marks behind the words: PaliGemma's `<image>` has an id, but no embedding
+
+    def __len__(self): return self.vocab_size
     def encode(self, text): return self.inner.encode(text, add_special_tokens=False)
     def decode(self, ids): return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
     def save(self, folder): self.inner.save_pretrained(folder)

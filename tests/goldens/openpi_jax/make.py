@@ -1,4 +1,4 @@
-"""Write a very small pi0 and a very small pi0.5 with orbax, in the tree that openpi's JAX models have.
+"""Write a very small pi0, pi0.5 and pi0-FAST with orbax, in the tree that openpi's JAX models have.
 
     python -m venv ENV && ENV/bin/pip install orbax-checkpoint==0.12.8 jax==0.10.2 && ENV/bin/python make.py
 
@@ -14,6 +14,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 LAYERS, HEADS, HEAD, VLAYERS, VHEADS, VHEAD, VMLP, VOCAB, ACTION = 2, 2, 4, 2, 3, 2, 5, 11, 3
+FAST_VOCAB = 700
 VWIDTH, WIDTHS, MLPS = VHEADS * VHEAD, (8, 6), (10, 7)
 
 
@@ -48,13 +49,19 @@ def shapes(adaptive):
     return out
 
 
+def fast_shapes():
+    "The same of a pi0-FAST: PaliGemma alone, with ids for actions behind the words."
+    out = {k: v for k, v in shapes(False).items() if k.startswith("PaliGemma/img/") or k.startswith("PaliGemma/llm/") and "_1/" not in f"{k}/"}
+    return out | {"PaliGemma/llm/embedder/input_embedding": (FAST_VOCAB, WIDTHS[0])}
+
+
 def value(path, shape): return np.random.default_rng(zlib.crc32(path.encode())).normal(0, 0.3, shape).astype(np.float32)
 
 
-def tree(adaptive):
+def tree(shapes):
     "Nested as openpi saves it during training: every leaf below `value`."
     out = {}
-    for path, shape in shapes(adaptive).items():
+    for path, shape in shapes.items():
         node = out
         for part in path.split("/"): node = node.setdefault(part, {})
         node["value"] = value(path, shape)
@@ -63,8 +70,8 @@ def tree(adaptive):
 
 if __name__ == "__main__":
     import orbax.checkpoint as ocp
-    for name, adaptive in (("pi0", False), ("pi05", True)):
+    for name, wanted in (("pi0", shapes(False)), ("pi05", shapes(True)), ("pi0_fast", fast_shapes())):
         folder = (HERE if len(sys.argv) < 2 else Path(sys.argv[1])) / name / "params"
         shutil.rmtree(folder, ignore_errors=True)
-        ocp.PyTreeCheckpointer().save(folder.resolve(), tree(adaptive))
+        ocp.PyTreeCheckpointer().save(folder.resolve(), tree(wanted))
         (folder / "commit_success.txt").unlink()        # names a folder of this machine
