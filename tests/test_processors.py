@@ -201,3 +201,25 @@ def test_sentence_piece_tokenizer_has_the_same_surface(tmp_path, codec):
     out = step({"task": ["open the drawer"], "action": torch.from_numpy(smooth_chunks(1)).float()})
     fast = [step.token_to_fast(int(i)) for i in out["suffix.tokens"][0] if step.token_to_fast(int(i)) < 256]
     assert codec.coefficients(fast) == 32
+
+
+def test_tokenizer_fit_by_command(tmp_path, capsys):
+    "Words and codec of a data set, with what they cost: the error that is printed is the one of the files that were written."
+    from vla_nb.apps.cli import main
+    from vla_nb.datasets.fake import fake_dataset
+    from vla_nb.datasets.lerobot import LeRobotDataset
+    from vla_nb.processors.text import load_tokenizer
+    root, out = fake_dataset(tmp_path / "d", episodes=3, frames=12), tmp_path / "out"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Where is the mug?", "choices": ["left", "right"]}) + "\n")
+    words = ["tokenizer", "fit", f"--dataset={root}", f"--out={out}", "--chunk_size=4", "--scale=10", f"--questions={tmp_path / 'q.jsonl'}"]
+    assert main(words[:3]) != 0 and "--out=<folder>" in capsys.readouterr().err
+    assert main(words) == 0
+    found, said = json.loads((out / "fit.json").read_text()), capsys.readouterr().out
+    codec, tokenizer, ds = FastCodec.load(out / "codec"), load_tokenizer(out / "tokenizer"), LeRobotDataset(root)
+    assert tokenizer.unk_id not in tokenizer.encode(f"Task: {ds.meta.tasks[0]}, Where is the mug? left right")
+    assert found["chunks"] == found["complete"] == len(ds) == 36 and codec.size == found["coefficients"] == 4 * ds.columns["action"].shape[1]
+    low, high = (np.asarray(ds.meta.stats["action"][k]) for k in ("min", "max"))
+    rows = np.minimum(np.arange(12)[:, None] + np.arange(4), 11)
+    chunks = np.concatenate([np.asarray(ds.columns["action"])[a:a + 12][rows] for a in (0, 12, 24)])
+    back = (codec.decode(codec.encode(2 * (chunks - low) / (high - low) - 1)).numpy() + 1) / 2 * (high - low) + low
+    assert np.allclose(found["rms_error"], np.sqrt(((back - chunks) ** 2).mean((0, 1))), rtol=1e-3) and "tokens per chunk of 4 steps" in said
