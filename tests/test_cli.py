@@ -76,7 +76,8 @@ def test_ctrl_c_from_the_terminal():
     "SIGINT during a command ends with status 130 and no traceback."
     code = ("import sys, time, vla_nb.apps.doctor as d\nfrom vla_nb.apps import cli\n"
             "def info(argv): print('in', flush=True); time.sleep(60)\nd.info = info\nsys.exit(cli.main(['info']))")
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # tests in the background ignore it
     assert child.stdout.readline().strip() == "in"
     time.sleep(0.1)
     child.send_signal(signal.SIGINT)
