@@ -1014,6 +1014,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'vla_nb.datasets.convert.finish': ('datasets/convert.html#finish', 'vla_nb/datasets/convert.py'),
                                          'vla_nb.datasets.convert.has_picture_stats': ( 'datasets/convert.html#has_picture_stats',
                                                                                         'vla_nb/datasets/convert.py'),
+                                         'vla_nb.datasets.convert.is_large': ( 'datasets/convert.html#is_large',
+                                                                               'vla_nb/datasets/convert.py'),
                                          'vla_nb.datasets.convert.kept_stats': ( 'datasets/convert.html#kept_stats',
                                                                                  'vla_nb/datasets/convert.py'),
                                          'vla_nb.datasets.convert.look': ('datasets/convert.html#look', 'vla_nb/datasets/convert.py'),
