@@ -6,13 +6,17 @@ import pytest
 
 from vla_nb.apps.cli import main
 from vla_nb.apps.experiment import experiments
-from vla_nb.core.types import UserError
 from vla_nb.training.config import read_config
 
 
-@pytest.mark.parametrize("name", ["E01", "E03", "E05", "E06", "E08"])
-def test_dry_run(name, tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def apart(tmp_path, monkeypatch):
+    "Runs and pages go to a folder of their own."
     for part in ("OUTPUTS", "REPORTS"): monkeypatch.setenv(f"VLA_NB_{part}", str(tmp_path / part.lower()))
+
+
+@pytest.mark.parametrize("name", ["E01", "E03", "E05", "E06", "E08"])
+def test_dry_run(name, tmp_path, capsys):
     assert main(["experiment", "run", name, "--dry-run", "-p", "run=dry"]) == 0
     full = next(n for n in experiments() if n.startswith(name))
     html = (tmp_path / f"reports/{full}/dry.html").read_text()
@@ -24,8 +28,9 @@ def test_dry_run(name, tmp_path, monkeypatch, capsys):
         if words[1] == "train": assert read_config([w for w in words[2:] if not w.startswith("--policy.path")])[0].steps > 0
 
 
-def test_wrong_parameters(capsys):
+def test_wrong_parameters(tmp_path, capsys):
     "What is not an experiment, or not its parameter, is named with what there is."
     assert main(["experiment", "run", "E99"]) != 0 and "E01_baseline" in capsys.readouterr().err
     assert main(["experiment", "run", "E01", "-p", "lr=3"]) != 0 and "it has profile, run, seed" in capsys.readouterr().err
     assert main(["experiment", "run", "E01", "-p", "profile=huge"]) != 0 and "failed in cell" in capsys.readouterr().err
+    assert (tmp_path / "reports/E01_baseline/huge.html").is_file()

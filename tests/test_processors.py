@@ -203,6 +203,17 @@ def test_sentence_piece_tokenizer_has_the_same_surface(tmp_path, codec):
     assert codec.coefficients(fast) == 32
 
 
+def test_marks_without_an_embedding_are_no_words(tmp_path):
+    "PaliGemma's tokenizer has an id for `<image>` behind the last row of the embedding table."
+    from vla_nb.processors.text import HFTokenizer
+    from vla_nb.processors.tokenize import open_tokenizer, write_word_tokenizer
+    write_word_tokenizer(["open the drawer"], tmp_path)
+    inner = open_tokenizer(tmp_path)
+    words = len(inner)
+    inner.add_special_tokens({"additional_special_tokens": ["<mark>"]})
+    assert len(inner) == words + 1 and inner.convert_tokens_to_ids("<mark>") == words and len(HFTokenizer(inner)) == words
+
+
 def test_tokenizer_fit_by_command(tmp_path, capsys):
     "Words and codec of a data set, with what they cost: the error that is printed is the one of the files that were written."
     from vla_nb.apps.cli import main

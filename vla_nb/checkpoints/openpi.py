@@ -24,7 +24,7 @@ from ..core.config import apply_flags, to_dict
 from ..core.files import atomic_dir, read_json, write_json
 from ..core.types import ACTION, OBS_IMAGES, OBS_STATE, Feature, UserError
 from ..policies.pi0 import Pi0Policy, Pi05Policy, make_network, our_name, to_bfloat16
-from ..policies.pi0_fast import Pi0FastPolicy, make_network as make_fast_network, make_scale
+from ..policies.pi0_fast import Pi0FastPolicy, make_network as make_fast_network
 from ..policies.store import CONFIG, WEIGHTS, policy_folder, read_config
 from ..processors.actions import FastCodec
 from ..processors.normalize import NormalizerStep
@@ -202,7 +202,7 @@ def stack_sizes(
 ) -> str:          # as a configuration writes it
     "Sizes of a Gemma stack."
     depth = len({n for n in shapes if re.fullmatch(re.escape(prefix) + r"layers\.\d+\.self_attn\.q_proj\.weight", n)})
-    if depth == 0: raise UserError("the checkpoint has no layers of a Gemma: it is not pi0 or pi0.5.")
+    if depth == 0: raise UserError("the checkpoint has no layers of a Gemma: it is not pi0, pi0.5 or pi0-FAST.")
     rows, width = shapes[f"{prefix}layers.0.self_attn.q_proj.weight"]
     head_dim, mlp_dim = (shapes[f"{prefix}layers.0.{n}.weight"][0] for n in ("self_attn.k_proj", "mlp.gate_proj"))
     return f"{width},{depth},{mlp_dim},{rows // head_dim},1,{head_dim}"
@@ -214,7 +214,9 @@ def vision_sizes(
     vision_heads: int,  # its heads
 ) -> tuple:             # (width, depth, heads, inner width of the MLP, side of a patch), side of a picture
     "Sizes of a SigLIP tower."
-    width, _, _, patch_side = shapes[f"{prefix}embeddings.patch_embedding.weight"]
+    patches = shapes.get(f"{prefix}embeddings.patch_embedding.weight")
+    if patches is None: raise UserError("the checkpoint has no vision tower: it is not pi0, pi0.5 or pi0-FAST.")
+    width, _, _, patch_side = patches
     (mlp_dim, _), (tokens, _) = (shapes[f"{prefix}{n}.weight"] for n in ("encoder.layers.0.mlp.fc1",
                                                                          "embeddings.position_embedding"))
     depth = len([n for n in shapes if n.startswith(f"{prefix}encoder.layers.") and n.endswith("fc1.weight")])
@@ -352,7 +354,7 @@ def fast_pipelines(
                         "--fast=physical-intelligence/fast.")
     codec = FastCodec.published(fast, config.chunk_size, config.output_features[ACTION].shape[0])
     config = replace(config, fast_vocab_size=codec.vocab_size, fast_scale=codec.scale)
-    return config, *Pi0FastPolicy.pipelines(config, make_scale(config, stats), load_tokenizer(tokenizer), codec)
+    return config, *Pi0FastPolicy.pipelines(config, NormalizerStep.of(config, stats), load_tokenizer(tokenizer), codec)
 
 # %% ../../nbs/checkpoints/570_openpi.ipynb #f1d3f55c
 def import_openpi(

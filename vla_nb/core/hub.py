@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'ORIGIN', 'RESUMABLE', 'is_repo_id', 'endpoint', 'at_mirror', 'hub_api', 'revisions', 'explain_hub_error',
            'unreachable', 'hub_errors', 'HubFile', 'content_digest', 'download', 'fetch_rest', 'HubRepo', 'storage',
-           'open_repo', 'repo_of', 'as_file', 'snapshot', 'card', 'PushOptions', 'push_files']
+           'open_repo', 'repo_of', 'as_file', 'snapshot', 'model_files', 'card', 'PushOptions', 'push_files']
 
 # %% ../../nbs/core/075_hub.ipynb #fc73aa63
 import hashlib
@@ -343,6 +343,14 @@ def snapshot(
     except UserError as e: raise UserError(f"{repo_id} is no folder here, and: {e}") from e
     if not repo.offline: repo.fetch([f.name for f in repo.files() if wanted(f.name)])
     return repo.folder
+
+def model_files(
+    source,    # a folder, or owner/name on the Hub
+    wanted,    # function of a file's name: is it needed?
+) -> Path:     # the folder
+    "Where files of a model lie; those on the Hub are fetched."
+    if is_repo_id(source) and not Path(source).exists(): return snapshot(str(source), "model", None, wanted)
+    return Path(source)
 
 # %% ../../nbs/core/075_hub.ipynb #5e729155
 def card(

@@ -13,9 +13,9 @@ __all__ = ['KEPT', 'JOBS', 'Job', 'FEW', 'MUCH', 'read_v2_info', 'numbered', 'V2
 import os
 import shutil
 from collections import namedtuple
-from itertools import chain
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 import numpy as np
@@ -128,7 +128,7 @@ def fingerprint(self: V2Dataset) -> str:
                       for p in files])
 
 # %% ../../nbs/datasets/170_convert.ipynb #6afbde8d
-KEPT = 4000   # indices of videos that are not read again for joining
+KEPT = 4_000_000   # pictures whose index is not read again for joining; 25 bytes each
 
 def survey(
     source: V2Dataset,  # where from
@@ -167,7 +167,7 @@ def survey_video(
     path, length = source.file(episode, key), source.episodes[episode]["length"]
     try: video = read_mp4(path)
     except UserError as err: return {"bytes": 0, "codec": b""}, [str(err)]
-    if len(source.indices) < KEPT: source.indices[episode, key] = video
+    if len(source.indices) * len(video) < KEPT: source.indices[episode, key] = video
     short = [f"{path}: {len(video)} pictures for {length} rows"] if len(video) < length else []
     return {"bytes": path.stat().st_size, "codec": video.codec}, short
 

@@ -297,7 +297,7 @@ class ActPolicy(Policy):
         stats=None,             # core.stats.Stats of pictures, state and actions
     ):                          # fresh policy, its backbone from the published weights
         "Build pipelines and network."
-        scale = NormalizerStep({**config.input_features, **config.output_features}, config.normalization_mapping, stats)
+        scale = NormalizerStep.of(config, stats)
         before = Pipeline("policy_preprocessor", [RenameStep(), ToBatchStep(), DeviceStep(), scale])
         policy = cls(config, before, Pipeline("policy_postprocessor", [scale.inverse(), DeviceStep()]))
         fill_backbone(policy.model.backbone, config.pretrained_backbone_weights)

@@ -57,6 +57,13 @@ class PolicyConfig:
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(f"n_action_steps is {self.n_action_steps}: use 1 … chunk_size = {self.chunk_size}.")
 
+    @property
+    def cameras(self) -> list: return [k for k, f in self.input_features.items() if f.type == "VISUAL"]
+
+    def can_miss(self, missing) -> bool: # some of `cameras`
+        "Whether a policy works without them: up to `empty_cameras`, and never without all."
+        return not missing or len(missing) <= getattr(self, "empty_cameras", 0) and len(missing) < len(self.cameras)
+
 # %% ../../nbs/policies/400_base.ipynb #a6037c02
 class Policy(nn.Module):
     "Base of all policies; a subclass gives `name`, `config_class`, `loss_terms`, `predict_action_chunk`, `from_data`."
@@ -81,12 +88,11 @@ class Policy(nn.Module):
     @property
     def action_dim(self) -> int: return self.config.output_features[ACTION].shape[0]
     @property
-    def may_miss(self) -> int: return getattr(self.config, "empty_cameras", 0)   # cameras without a picture
+    def cameras(self) -> list: return self.config.cameras
     @property
     def known_as(self) -> str:   # in messages about cameras
-        return f"{self.name} with empty_cameras={self.may_miss}" if hasattr(self.config, "empty_cameras") else self.name
-    @property
-    def cameras(self) -> list: return [k for k, f in self.config.input_features.items() if f.type == "VISUAL"]
+        empty = getattr(self.config, "empty_cameras", None)
+        return self.name if empty is None else f"{self.name} with empty_cameras={empty}"
 
 # %% ../../nbs/policies/400_base.ipynb #e9fd15b5
 @patch
@@ -150,7 +156,7 @@ def check_observation(self: Policy,
     "Name what is missing, turn pictures to channels-first."
     raw = {new: old for s in self.preprocessor.steps for old, new in getattr(s, "rename_map", {}).items()}
     there = [k for k in self.cameras if raw.get(k, k) in observation]
-    if len(self.cameras) - len(there) > self.may_miss or not there: there = self.cameras
+    if not self.config.can_miss(set(self.cameras) - set(there)): there = self.cameras
     wanted = [raw.get(k, k) for k in (*self.config.input_features, TASK) if k in there or k not in self.cameras]
     require_keys(f"{self.known_as} was trained with {', '.join(wanted)}: the observation", wanted, observation)
     out = {k: observation[k] if k == TASK else np.asarray(observation[k]) for k in wanted}
@@ -173,7 +179,7 @@ def present(self: Policy,
 ) -> list:       # cameras that are there
     "Cameras of a batch; more than `empty_cameras` missing ones are an error."
     there = [k for k in self.cameras if k in batch]
-    if not there or len(self.cameras) - len(there) > self.may_miss:
+    if not self.config.can_miss(set(self.cameras) - set(there)):
         require_keys(f"{self.known_as}: the batch", self.cameras, batch)
     return there
 

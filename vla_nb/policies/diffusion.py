@@ -243,7 +243,7 @@ class DiffusionPolicy(Policy):
         "Build pipelines and network."
         weights = config.pretrained_backbone_weights
         file = weights_file(weights) if weights else None
-        scale = NormalizerStep({**config.input_features, **config.output_features}, config.normalization_mapping, stats)
+        scale = NormalizerStep.of(config, stats)
         before = Pipeline("policy_preprocessor", [RenameStep(), ToBatchStep(), DeviceStep(), scale])
         policy = cls(config, before, Pipeline("policy_postprocessor", [scale.inverse(), DeviceStep()]))
         if file:

@@ -317,8 +317,7 @@ def pipelines(cls: Pi0Policy,
     tokenizer = None,    # transformers tokenizer; None: `tokenizer_name`
 ) -> tuple:              # raw batch → network, network → physical actions
     "Pre- and postprocessing, in LeRobot's order."
-    features, c = {**config.input_features, **config.output_features}, config
-    scale = NormalizerStep(features, c.normalization_mapping, stats)
+    c, scale = config, NormalizerStep.of(config, stats)
     words = TokenizerStep(tokenizer, c.tokenizer_name, c.tokenizer_max_length,
                           padding="max_length" if c.compile_model else "longest", truncation=False)
     if cls.adaptive: steps = [scale, StatePromptStep(c.max_state_dim), words, DeviceStep()]

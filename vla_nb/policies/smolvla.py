@@ -205,7 +205,7 @@ def from_data(cls: SmolVLAPolicy,
     tokenizer = tokenizer or (open_tokenizer(source) if source else word_tokenizer(texts))
     if config.vlm.vocab_size == 0: config = replace(config, vlm=replace(config.vlm, vocab_size=len(tokenizer)))
     text = TokenizerStep(tokenizer, name, config.tokenizer_max_length, padding=config.pad_language_to, truncation=False)
-    scale = NormalizerStep({**config.input_features, **config.output_features}, config.normalization_mapping, stats)
+    scale = NormalizerStep.of(config, stats)
     before = [RenameStep(), ToBatchStep(), NewLineStep(), text, DeviceStep(), scale]
     after = Pipeline("policy_postprocessor", [scale.inverse(), DeviceStep()])
     policy = cls(config, Pipeline("policy_preprocessor", before), after)

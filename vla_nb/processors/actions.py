@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.files import atomic_write, read_json, write_json
-from ..core.hub import is_repo_id, snapshot
+from ..core.hub import model_files
 from ..core.types import UserError
 
 # %% ../../nbs/processors/220_actions.ipynb #0716b006
@@ -219,10 +219,9 @@ def published(cls: FastCodec,
 ):                 # FastCodec
     "Read the codec that comes with published policies; it is for chunks of any size."
     names = ("processor_config.json", "tokenizer.json")
-    if is_repo_id(source) and not Path(source).exists():
-        source = snapshot(str(source), "model", None, lambda name: name in names)
-    values = _read_fields(Path(source) / names[0], ("scale", "vocab_size", "min_token"))
-    return cls(**values, horizon=horizon, dims=dims, tokenizer=_read_tokenizer(Path(source) / names[1]))
+    folder = model_files(source, names.__contains__)
+    values = _read_fields(folder / names[0], ("scale", "vocab_size", "min_token"))
+    return cls(**values, horizon=horizon, dims=dims, tokenizer=_read_tokenizer(folder / names[1]))
 
 # %% ../../nbs/processors/220_actions.ipynb #12b27650
 _EDGES = torch.linspace(-1, 1, 257, dtype=torch.float64)[:-1]

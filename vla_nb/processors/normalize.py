@@ -144,6 +144,11 @@ class NormalizerStep(_StatsStep):
     "Physical units → common scale."
     registry_name = "normalizer_processor"
 
+    @classmethod
+    def of(cls, config, stats): # of a policy; core.stats.Stats of what it reads and puts out
+        "The normaliser of a policy."
+        return cls({**config.input_features, **config.output_features}, config.normalization_mapping, stats)
+
     def __call__(self, batch): return self.apply(batch, normalize)
 
     def inverse(self):

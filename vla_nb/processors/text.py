@@ -93,8 +93,8 @@ class HFTokenizer:
                 raise UserError(f"Tokenizer {inner.name_or_path!r} has no {name} token.")
             setattr(self, f"{name}_id", value)
 
-        known, n = inner.added_tokens_decoder, len(inner)
-        while n - 1 in known and known[n - 1].special and n - 1 not in inner.all_special_ids: n -= 1
+        known, n, own = inner.added_tokens_decoder, len(inner), (self.pad_id, self.eos_id, self.bos_id, self.unk_id)
+        while n - 1 in known and known[n - 1].special and n - 1 not in own: n -= 1
         self.vocab_size = n   # without marks behind the words: PaliGemma's `<image>` has an id, but no embedding
 
     def __len__(self): return self.vocab_size

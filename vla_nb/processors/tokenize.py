@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.files import atomic_write, read_json, write_json
-from ..core.hub import is_repo_id, snapshot
+from ..core.hub import model_files
 from ..core.types import TASK, UserError
 from .pipeline import Step
 
@@ -63,9 +63,7 @@ def open_tokenizer(
 ):           # transformers tokenizer
     "Read a pretrained tokenizer."
     from transformers import AutoTokenizer
-    if is_repo_id(source) and not Path(source).exists():
-        source = snapshot(str(source), "model", None, is_tokenizer_file)
-    try: tokenizer = AutoTokenizer.from_pretrained(str(source))
+    try: tokenizer = AutoTokenizer.from_pretrained(str(model_files(source, is_tokenizer_file)))
     except (OSError, ValueError, json.JSONDecodeError) as e:
         raise UserError(f"Tokenizer {str(source)!r} is neither a folder with a tokenizer nor available from the Hub "
                         f"({str(e).splitlines()[0]}); give a folder that holds its files.") from e

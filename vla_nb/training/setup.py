@@ -78,7 +78,6 @@ def dataset_cameras(
     rename_map: dict,       # key of the dataset -> key of the policy
 ) -> list[str]:             # the dataset's cameras that the policy reads, in the policy's order
     "Match the cameras, or say what to type."
-    wanted = [k for k, f in config.input_features.items() if f.type == "VISUAL"]
     for old, new in rename_map.items():
         if old not in meta.features: raise UserError(f"--rename_map: {meta.root} has no {old!r}; it has "
                                                      f"{', '.join(k for k in meta.features if 'observation' in k)}.")
@@ -86,10 +85,9 @@ def dataset_cameras(
             raise UserError(f"--rename_map: the policy does not read {new!r}; it reads "
                             f"{', '.join(config.input_features)}.")
     named = {rename_map.get(k, k): k for k in meta.camera_keys}
-    missing = [k for k in wanted if k not in named]
-    if len(missing) > getattr(config, "empty_cameras", 0) or len(missing) == len(wanted) > 0:
-        raise UserError(camera_hint(config, meta, rename_map, missing, named))
-    return [named[k] for k in wanted if k in named]
+    missing = [k for k in config.cameras if k not in named]
+    if not config.can_miss(missing): raise UserError(camera_hint(config, meta, rename_map, missing, named))
+    return [named[k] for k in config.cameras if k in named]
 
 # %% ../../nbs/training/640_setup.ipynb #77311d10
 def camera_hint(
@@ -100,7 +98,7 @@ def camera_hint(
     named: dict,            # policy's name -> dataset's name
 ) -> str:                   # one sentence
     "Why the cameras do not match, and the flag that makes them match."
-    wanted = [k for k, f in config.input_features.items() if f.type == "VISUAL"]
+    wanted = config.cameras
     pairs = propose(missing, [old for new, old in named.items() if new not in wanted])
     text = (f"the policy reads the cameras {', '.join(map(short, wanted))}, {meta.root} has "
             f"{', '.join(map(short, meta.camera_keys)) or 'none'}")
