@@ -64,13 +64,19 @@ def train(out, cache, resume=None, steps=6, save_freq=0, optimizer="sgd", lr=0.0
     return run
 
 
+def group_threads():
+    "Threads of a process group that still run in this process."
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
 def main():
     torch.set_num_threads(1)
     options = {k: json.loads(v) if v[0] in "-0123456789tf[" and v != "token_kl" and v != "token_ce" else v
                for k, v in (w.split("=", 1) for w in sys.argv[3:])}
     run = train(Path(sys.argv[1]), Path(sys.argv[2]), **options)
-    if run.main: print(json.dumps({"world_size": run.world_size}))
     run.close()
+    if run.main: print(json.dumps({"world_size": run.world_size, "left": group_threads()}))
 
 
 if __name__ == "__main__": main()

@@ -403,7 +403,7 @@ def test_two_processes_equal_one(tmp_path, token, hidden, mode):
         words[1] = str(tmp_path / str(ranks))
         done = subprocess.run([sys.executable, *launch, *words], env=ENV, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert json.loads(done.stdout.splitlines()[-1])["world_size"] == ranks
+        assert json.loads(done.stdout.splitlines()[-1]) == {"world_size": ranks, "left": 0}
     one, two = (read_jsonl(tmp_path / str(r) / "metrics.jsonl") for r in (1, 2))
     for a, b in zip(one, two):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["lambda"] == pytest.approx(a["lambda"], rel=1e-5)

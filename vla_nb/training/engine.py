@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -85,11 +86,12 @@ def make_accelerator(
         raise UserError(f"device is {device!r} but torch sees no CUDA device; use --device=cpu or repair the driver.")
     if cpu and mixed_precision == "fp16": raise UserError("fp16 needs a GPU; use --mixed_precision=bf16 or no.")
     check_tracker(tracker)
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    if wanted > 1: import_module("torch.distributed.nn")   # imported later, its defaults keep the group and its threads
     AcceleratorState._reset_state()   # an earlier run of this process may have had another precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, project_dir=out_dir,
                               log_with=None if tracker == "none" else tracker,
                               kwargs_handlers=[utils.DistributedDataParallelKwargs(find_unused_parameters=True)])
-    wanted = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != wanted:
         raise UserError(f"{wanted} processes were started but {accelerator.num_processes} joined; start them with "
                         "torchrun --standalone --nproc_per_node.")

@@ -396,10 +396,12 @@ def save_due(self: TrainRun) -> bool:
 
 @patch
 def close(self: TrainRun):
-    "Leave together: a process must not end while another may still talk to it."
-    if self.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    "Leave together, and with no thread left: one that frees a tensor while Python shuts down aborts the process."
+    if self.world_size == 1: return
+    torch.distributed.barrier()
+    del self.model                  # DistributedDataParallel holds the group,
+    self.accelerator.free_memory()  # and so does the accelerator's list of models
+    torch.distributed.destroy_process_group()   # joins the group's threads
 
 # %% ../../nbs/training/620_loop.ipynb #c9c6f499
 @patch
