@@ -3,10 +3,10 @@
     python benchmarks/policies.py --lerobot=PYTHON [--repeat=3] [--only=act,diffusion,smolvla] [--threads=1]
 
 PYTHON is an interpreter with LeRobot 0.4 (an environment of its own). Both sides take turns, each in a fresh process: random weights,
-one pre-processed batch; a training step is loss, gradients, clipping and AdamW, a chunk is planned for one observation. The first
-steps are not timed; the median of the rest counts, and of several processes the best one, the least disturbed. `multiply-adds` of a
-training step are counted by torch's own flop counter on our model, against what a large matrix product reaches here in the same
-process. Writes reports/benchmarks/policies.json.
+one pre-processed batch; a training step is loss, gradients, clipping and the optimizer that each side makes for this policy, a chunk is
+planned for one observation. The first steps are not timed; the median of the rest counts, and of several processes the best one, the
+least disturbed. `multiply-adds` of a training step are counted by torch's own flop counter on our model, against what a large matrix
+product reaches here in the same process. Writes reports/benchmarks/policies.json.
 """
 import json
 import os
@@ -61,11 +61,14 @@ if job["who"] == "lerobot":
     config = make_policy_config(kind, input_features={k: f for k, f in made.items() if k != "action"}, device="cpu", push_to_hub=False,
                                 output_features={"action": made["action"]}, **values)
     policy = get_policy_class(kind)(config)
+    optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
 else:
+    from vla_nb.core.allocator import keep_freed_memory
     from vla_nb.core.config import from_dict
     from vla_nb.core.stats import Stats
     from vla_nb.core.types import Feature
     from vla_nb.policies.store import policy_class
+    from vla_nb.training.optim import OptimConfig, make_optimizer
     made = {k: Feature({1: "STATE", 3: "VISUAL"}[len(s)] if k != "action" else "ACTION", s) for k, s in shapes.items()}
     cls, values = policy_class(kind), values | {"loss_reduction": "all"} | ({"allow_random_backbone": True} if kind == "smolvla" else {})
     if kind == "smolvla":
@@ -76,6 +79,8 @@ else:
     stats = Stats({k: {n: torch.full(s if len(s) == 1 else (3, 1, 1), v).numpy() for n, v in (("mean", 0.), ("std", 1.), ("min", -1.), ("max", 1.))}
                    for k, s in shapes.items()})
     policy = cls.from_data(config, stats=stats, **({"texts": ["open the drawer"], "action_chunks": None} if kind == "smolvla" else {}))
+    optimizer = make_optimizer(policy, OptimConfig(getattr(config, "optimizer_preset", {}).get("type", "adamw")))
+    keep_freed_memory()   # as TrainRun does
 n, steps, length = job["batch"], config.horizon if kind == "diffusion" else config.chunk_size, getattr(config, "n_obs_steps", 1)
 g = torch.Generator().manual_seed(1)
 def seen(rows):
@@ -86,7 +91,6 @@ def seen(rows):
         out["observation.language.attention_mask"] = torch.ones(rows, 12, dtype=torch.bool)
     return out
 batch = seen(n) | {"action": torch.randn(n, steps, 6, generator=g).clamp(-1, 1), "action_is_pad": torch.zeros(n, steps, dtype=torch.bool)}
-optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-4)
 def step():
     loss, _ = policy(dict(batch))
     loss.backward()

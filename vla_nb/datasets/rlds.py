@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'OPEN', 'decode_jpeg', 'decode_png', 'decode_deep_png', 'picture_size', 'check_size', 'decode_picture',
-           'keep_freed_memory', 'decode_pictures', 'decode_tensor', 'decode_bytes', 'decode_many', 'decode_place',
-           'Shards', 'filled', 'nested', 'Steps', 'RLDSDataset', 'interleaved']
+           'decode_pictures', 'decode_tensor', 'decode_bytes', 'decode_many', 'decode_place', 'Shards', 'filled',
+           'nested', 'Steps', 'RLDSDataset', 'interleaved']
 
 # %% ../../nbs/datasets/165_rlds.ipynb #ffb61a3f
 import io
@@ -16,6 +16,7 @@ import zlib
 from collections import OrderedDict
 import numpy as np
 from fastcore.basics import patch
+from ..core.allocator import keep_freed_memory
 from ..core.stats import Stats, compute_stats
 from ..core.types import UserError
 from .rlds_index import as_type, build_index, in_row, record_names
@@ -85,10 +86,6 @@ def decode_picture(
     return picture
 
 # %% ../../nbs/datasets/165_rlds.ipynb #b96deeec
-def keep_freed_memory():
-    "Let glibc keep freed arrays of up to 32 MB for the next ones of this process."
-    np.empty(31 << 20, np.uint8)   # costs nothing: it is never touched, and freed at once
-
 def decode_pictures(
     stored,       # iterable of n JPEG or PNG files
     n: int,

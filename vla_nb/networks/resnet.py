@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY', 'RESNETS', 'ADDRESS', 'WEIGHTS', 'FrozenBatchNorm', 'conv_norm', 'conv3x3', 'BasicBlock', 'shortcut',
-           'Bottleneck', 'laid_out', 'ResNet', 'check_digest', 'weights_file', 'fetch_weights', 'load_backbone']
+           'Bottleneck', 'laid_out', 'Stage', 'ResNet', 'check_digest', 'weights_file', 'fetch_weights',
+           'load_backbone']
 
 # %% ../../nbs/networks/315_resnet.ipynb #461c87ac
 import hashlib
@@ -97,14 +98,18 @@ class Bottleneck(nn.Module):
         return (y + (x if self.downsample is None else conv_norm(*self.downsample, x))).relu_()
 
 # %% ../../nbs/networks/315_resnet.ipynb #5b13d71d
-MANY = 2 ** 18   # pixels of a batch
+MANY = 2 ** 12   # places of a batch
 
 def laid_out(
-    images: torch.Tensor, # [B, 3, H, W]
-) -> torch.Tensor:        # the same, in the memory layout its convolutions are fastest in
-    "Channels last where there are many pixels; with few, turning the weights round would cost more."
-    many = images[:, 0].numel() > MANY
-    return images.contiguous(memory_format=torch.channels_last if many else torch.contiguous_format)
+    x: torch.Tensor, # [B, C, H, W]
+) -> torch.Tensor:   # the same, in the memory layout its convolutions are fastest in
+    "Channels last where there are many places; with few, a CPU needs longer to turn the weights round."
+    many = x.device.type != "cpu" or x[:, 0].numel() > MANY
+    return x.contiguous(memory_format=torch.channels_last if many else torch.contiguous_format)
+
+class Stage(nn.Sequential):
+    "Blocks that work on maps of one size."
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return super().forward(laid_out(x)) # [B, C, H, W] → next map
 
 # %% ../../nbs/networks/315_resnet.ipynb #07699663
 RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -128,7 +133,7 @@ class ResNet(nn.Module):
             blocks = [block(channels, width, first, 1, norm)]
             channels = width * block.expansion
             blocks += [block(channels, width, 1, later, norm) for _ in range(count - 1)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{i + 1}", Stage(*blocks))
         self.width = channels
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

@@ -102,8 +102,6 @@ class Plan:
     moments: int       # of the optimizer
     copies: int        # averaged weights, starting weights, gradient buckets of several processes
     sample: int        # one sample as the policy reads it
-    largest: int       # the largest trained tensor: what one optimizer update holds beside it
-    foreach: bool      # the optimizer updates all tensors at once (CUDA), and holds a copy of one moment meanwhile
     batch_size: int    # samples per micro-batch
     accumulation: int  # micro-batches per step
     precision: str     # no | bf16 | fp16
@@ -119,8 +117,8 @@ class Plan:
 
     @property
     def update_bytes(self) -> int:
-        "Gradients and what the optimizer holds for a moment."
-        return (2 if self.anchors else 1) * self.trained + (self.moments // 2 if self.foreach else 2 * self.largest)
+        "Gradients; a fused optimizer needs nothing beside them."
+        return (2 if self.anchors else 1) * self.trained
 
     @property
     def peak(self) -> int:
@@ -148,8 +146,7 @@ def make_plan(
     return Plan(sum(t.nbytes for t in (*policy.parameters(), *policy.buffers())), size,
                 0 if optimizer == "sgd" else 2 * size, copies * size,
                 sum(v.nbytes for v in some_rows(batch, 1).values()),
-                max((p.nbytes for p in trained), default=0), device.type == "cuda" and optimizer != "sgd", batch_size,
-                accumulation, precision, anchors, curves)
+                batch_size, accumulation, precision, anchors, curves)
 
 def free_bytes(
     device,  # torch device

@@ -17,6 +17,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from ..core.allocator import keep_freed_memory
 from ..core.types import UserError
 
 # %% ../../nbs/training/615_engine.ipynb #547a5a33
@@ -86,6 +87,7 @@ def make_accelerator(
         raise UserError(f"device is {device!r} but torch sees no CUDA device; use --device=cpu or repair the driver.")
     if cpu and mixed_precision == "fp16": raise UserError("fp16 needs a GPU; use --mixed_precision=bf16 or no.")
     check_tracker(tracker)
+    if cpu: keep_freed_memory()
     wanted = int(os.environ.get("WORLD_SIZE", 1))
     if wanted > 1: import_module("torch.distributed.nn")   # imported later, its defaults keep the group and its threads
     AcceleratorState._reset_state()   # an earlier run of this process may have had another precision

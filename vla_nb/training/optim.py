@@ -79,14 +79,14 @@ def make_optimizer(
     policy: nn.Module,    # gives optim_groups(lr, weight_decay)
     config: OptimConfig,  # which optimizer, and its numbers
 ) -> torch.optim.Optimizer:
-    "The optimizer over the policy's own groups; every group remembers its peak as `initial_lr`."
+    "The optimizer over the policy's own groups, fused; every group remembers its peak as `initial_lr`."
     check_config(config)
     groups = policy.optim_groups(config.lr, config.weight_decay)
     check_groups(policy, groups)
-    if config.type == "sgd": optimizer = torch.optim.SGD(groups, lr=config.lr)
+    if config.type == "sgd": optimizer = torch.optim.SGD(groups, lr=config.lr, fused=True)
     else:
         kind = torch.optim.AdamW if config.type == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps)
+        optimizer = kind(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
     for group in optimizer.param_groups: group["initial_lr"] = group["lr"]
     return optimizer
 
