@@ -3049,6 +3049,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'vla_nb/policies/base.py'),
                                       'vla_nb.policies.base.PolicyConfig.can_miss': ( 'policies/base.html#policyconfig.can_miss',
                                                                                       'vla_nb/policies/base.py'),
+                                      'vla_nb.policies.base.PolicyConfig.check_choices': ( 'policies/base.html#policyconfig.check_choices',
+                                                                                           'vla_nb/policies/base.py'),
                                       'vla_nb.policies.base.check_policy': ('policies/base.html#check_policy', 'vla_nb/policies/base.py'),
                                       'vla_nb.policies.base.check_saving': ('policies/base.html#check_saving', 'vla_nb/policies/base.py'),
                                       'vla_nb.policies.base.first_row': ('policies/base.html#first_row', 'vla_nb/policies/base.py'),

@@ -71,9 +71,7 @@ def __post_init__(self: ActConfig):
                "vision_backbone": (*RESNETS, *SIZES, "conv")}
     if self.vision_backbone not in SIZES:
         choices["pretrained_backbone_weights"] = (None, *(WEIGHTS if self.vision_backbone in RESNETS else ()))
-    for name, known in choices.items():
-        if getattr(self, name) not in known:
-            raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(map(str, known))}.")
+    self.check_choices(choices)
     if self.temporal_ensemble_coeff is not None and self.n_action_steps > 1:
         raise UserError(f"temporal_ensemble_coeff averages the plans of every step: n_action_steps is "
                         f"{self.n_action_steps}, set it to 1.")

@@ -57,6 +57,13 @@ class PolicyConfig:
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(f"n_action_steps is {self.n_action_steps}: use 1 … chunk_size = {self.chunk_size}.")
 
+    def check_choices(self, choices: dict): # field → the values that it may have
+        "Refuse another value."
+        for name, known in choices.items():
+            value, words = getattr(self, name), ["none" if k is None else str(k) for k in known]
+            if value not in known:
+                raise UserError(f"{name} is {value!r}: use {'one of ' * (len(words) > 1)}{', '.join(words)}.")
+
     @property
     def cameras(self) -> list: return [k for k, f in self.input_features.items() if f.type == "VISUAL"]
 

@@ -82,9 +82,7 @@ def __post_init__(self: DiffusionConfig):
     PolicyConfig.__post_init__(self)
     choices = {"vision_backbone": (*RESNETS, "conv"), "loss_reduction": REDUCTIONS, "scheduler_name": ("cosine",),
                "pretrained_backbone_weights": (None, *(WEIGHTS if self.vision_backbone in RESNETS else ()))}
-    for name, known in choices.items():
-        if getattr(self, name) not in known:
-            raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(map(str, known))}.")
+    self.check_choices(choices)
     if self.horizon % 2 ** len(self.down_dims):
         raise UserError(f"horizon is {self.horizon}: with {len(self.down_dims)} stages (down_dims) use a multiple of "
                         f"{2 ** len(self.down_dims)}.")

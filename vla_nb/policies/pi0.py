@@ -108,9 +108,7 @@ class Pi05Config(Pi0Config):
 def __post_init__(self: Pi0Config):
     PolicyConfig.__post_init__(self)
     choices = {"dtype": ("float32", "bfloat16"), "loss_reduction": REDUCTIONS, "image_resize": ("pad", "area")}
-    for name, known in choices.items():
-        if getattr(self, name) not in known:
-            raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}.")
+    self.check_choices(choices)
     if len(set(self.image_resolution)) != 1:
         raise UserError(f"image_resolution is {self.image_resolution}: the tower wants squares.")
     if "VISUAL" not in [f.type for f in self.input_features.values()]:

@@ -60,9 +60,7 @@ class Pi0FastConfig(PolicyConfig):
 def __post_init__(self: Pi0FastConfig):
     PolicyConfig.__post_init__(self)
     choices = {"state_in": ("prompt", "token"), "vision": ("siglip", "conv"), "image_resize": ("pad", "area")}
-    for name, known in choices.items():
-        if getattr(self, name) not in known:
-            raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}.")
+    self.check_choices(choices)
     kinds = [f.type for f in self.input_features.values()]
     if "VISUAL" not in kinds: raise UserError("pi0_fast needs at least one picture (kind VISUAL) in input_features.")
     if OBS_STATE not in self.input_features: raise UserError(f"pi0_fast needs {OBS_STATE!r} in input_features.")

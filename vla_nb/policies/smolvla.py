@@ -85,9 +85,7 @@ def __post_init__(self: SmolVLAConfig):
     PolicyConfig.__post_init__(self)
     choices = {"attention_mode": ("cross_attn", "self_attn"), "pad_language_to": ("longest", "max_length"),
                "loss_reduction": REDUCTIONS, "patch_positions": POSITIONS, "n_obs_steps": (1,)}
-    for name, known in choices.items():
-        if getattr(self, name) not in known:
-            raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(map(str, known))}.")
+    self.check_choices(choices)
     if not any(f.type == "VISUAL" for f in self.input_features.values()):
         raise UserError("smolvla needs at least one picture (kind VISUAL) in input_features.")
     require_keys("input_features of smolvla", [OBS_STATE], self.input_features)
