@@ -11,9 +11,9 @@ import sys
 
 # %% ../../nbs/core/087_allocator.ipynb #1dda2529
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3   # of mallopt(3)
-KEPT, LARGE = 1 << 30, 1 << 26            # bytes
+KEPT, LARGE = 1 << 30, (1 << 26, 1 << 25) # bytes; glibc before 2.35 refuses a threshold of more than 32 MiB
 
 def keep_freed_memory() -> bool: # False: another C library than glibc, nothing was changed
-    "Let glibc keep up to 1 GiB of freed memory for the next arrays of this process; arrays above 64 MiB still go back."
+    "Let glibc keep up to 1 GiB of freed memory for the next arrays of this process; the largest arrays still go back."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, LARGE) and mallopt(TRIM_THRESHOLD, KEPT))
+    return mallopt is not None and any(mallopt(MMAP_THRESHOLD, n) for n in LARGE) and mallopt(TRIM_THRESHOLD, KEPT) == 1
